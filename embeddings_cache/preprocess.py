@@ -1,0 +1,71 @@
+"""How an image becomes encoder input. Defined here once; teacher, training, evaluation and export all use it.
+
+As `SamPredictor.set_image` does it (segment_anything/predictor.py, modeling/sam.py): RGB uint8, the longest side
+resized to S, (x − mean) / std, zeros to the right and below up to S×S.
+"""
+
+import hashlib
+import json
+
+import numpy as np
+import torch
+from segment_anything.utils.transforms import ResizeLongestSide
+
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+"""RGB, 0–255; segment_anything/build_sam.py. The mean is also the colour that padding has in 0–255 space."""
+
+
+def resize_longest_side(image: np.ndarray, size: int) -> np.ndarray:
+    """RGB uint8 (H, W, 3) → RGB uint8 (h, w, 3) with max(h, w) = size, by segment-anything's own resampling.
+
+    Raises:
+        ValueError: the image is so elongated that its short side would round to no pixel at all.
+    """
+    height, width = ResizeLongestSide.get_preprocess_shape(image.shape[0], image.shape[1], size)
+    if min(height, width) < 1:
+        raise ValueError(f"{image.shape[1]}×{image.shape[0]} px is too elongated for a longest side of {size} px")
+    return ResizeLongestSide(size).apply_image(image)
+
+
+def pad_pixels(pixels: np.ndarray, size: int) -> torch.Tensor:
+    """Resized RGB uint8 (h, w, 3) → uint8 (3, size, size); the padding's value is irrelevant to `to_encoder_input`."""
+    height, width = pixels.shape[:2]
+    padded = np.zeros((3, size, size), dtype=np.uint8)
+    padded[:, :height, :width] = pixels.transpose(2, 0, 1)
+    return torch.from_numpy(padded)
+
+
+def to_encoder_input(pixels: torch.Tensor, input_size: torch.Tensor) -> torch.Tensor:
+    """Normalise on the device where the pixels are, and zero what lies outside the image.
+
+    Args:
+        pixels: uint8 (B, 3, S, S), from `pad_pixels`.
+        input_size: int (B, 2), height and width of the image within.
+
+    Returns:
+        float32 (B, 3, S, S), bit-equal to `Sam.preprocess`.
+    """
+    side = torch.arange(pixels.shape[-1], device=pixels.device)
+    height, width = input_size.to(pixels.device)[:, :, None].unbind(1)
+    inside = (side < height)[:, None, :, None] & (side < width)[:, None, None, :]
+    return normalize(pixels).masked_fill(~inside, 0.0)
+
+
+def normalize(pixels: torch.Tensor) -> torch.Tensor:
+    """(x − mean) / std over RGB 0–255 (B, 3, H, W), uint8 or float; returns float32."""
+    mean = torch.tensor(PIXEL_MEAN, device=pixels.device).view(-1, 1, 1)
+    std = torch.tensor(PIXEL_STD, device=pixels.device).view(-1, 1, 1)
+    return (pixels - mean) / std
+
+
+def fingerprint() -> str:
+    """Names this preprocessing; a cache that carries another one is refused."""
+    what = {
+        "resize": "longest side, segment_anything ResizeLongestSide.apply_image",
+        "mean": PIXEL_MEAN,
+        "std": PIXEL_STD,
+        "pad": "zeros, right and bottom, after normalisation",
+        "orientation": "EXIF applied",
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
