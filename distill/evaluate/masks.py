@@ -1,0 +1,254 @@
+"""Masks: what the unchanged decoder makes of the student's embedding, of the teacher's, and how well each fits.
+
+On every image one point and one box a mask: the point as SAM's own evaluation places the first click (the pixel
+deepest inside the mask), the box as it encloses the mask. A point is ambiguous, so SAM's three masks are asked for
+and the one with the highest predicted IoU is taken, as a user of `SamPredictor` would (arXiv:2304.02643, section 3);
+for a box the single mask is. Images without annotations are prompted with a grid of points, and the student is then
+compared with the teacher alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from segment_anything.modeling import Sam
+from segment_anything.utils.amg import build_point_grid
+from segment_anything.utils.transforms import ResizeLongestSide
+
+from distill.losses import embedding_errors
+from distill.recipe import Recipe
+from distill.run import chosen_student, is_current, made_from, open_cache
+from embeddings_cache.annotations import bounding_box, center_point, decode_masks
+from embeddings_cache.codec import CacheRow
+from embeddings_cache.files import write_json
+from embeddings_cache.format import CacheIdentity
+from embeddings_cache.images import assign_sources, expand_sources, pick_sources, read_images
+from embeddings_cache.precompute import embedded_rows, refuse_other_cache
+from embeddings_cache.preprocess import pad_pixels, to_encoder_input
+from embeddings_cache.progress import progress_bar
+from embeddings_cache.teacher import load_teacher, weights_sha256
+from students import InputError, build_student_sam, load_student
+
+PROMPTS_A_PASS = 32
+SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
+"""Area in pixels of the original image; COCO's ranges (pycocotools.cocoeval.Params)."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """N prompts of an image in pixels of the original: points (N, 2) as (x, y), boxes (N, 4) as (x0, y0, x1, y1).
+
+    `masks` is what an annotator drew for each, boolean (N, H, W). Without annotations there are only points.
+    """
+
+    points: np.ndarray
+    boxes: np.ndarray | None = None
+    masks: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """IoUs of one prompt; those with the ground truth, and its area in pixels, are None without annotations."""
+
+    key: str
+    prompt: str
+    area: int | None
+    student_teacher: float
+    student_truth: float | None
+    teacher_truth: float | None
+
+
+def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Write `evaluation.json` for the chosen student.
+
+    Raises:
+        InputError: no student, no cache or no teacher of the recipe, or no image to evaluate on.
+    """
+    result = Path(recipe.run_dir) / "evaluation.json"
+    inputs = made_from(recipe, vars(recipe.evaluate), recipe.data.val_images, vars(recipe.teacher))
+    if is_current(result, inputs, accelerator):
+        return
+    teacher, student_sam = load_sams(recipe, accelerator.device)
+    scores: list[Score] = []
+    errors: list[tuple[float, float]] = []
+    progress = progress_bar(accelerator, "evaluate", "images")
+    for row in evaluation_rows(recipe, teacher, accelerator.process_index, accelerator.num_processes):
+        embeddings = embed_both(row, student_sam)
+        mse, cosine = embedding_errors(*embeddings)
+        errors.append((mse.item(), cosine.item()))
+        scores += score_image(row, teacher, *embeddings, make_prompts(row, recipe))
+        progress.update()
+    progress.close()
+    scores, errors = gather_object(scores), gather_object(errors)
+    if not errors:
+        raise InputError("evaluate: there is no image to evaluate on")
+    if accelerator.is_main_process:
+        write_json(result, {"task": "masks", **summarize(scores, errors), "made_from": inputs})
+    accelerator.wait_for_everyone()
+
+
+def load_sams(recipe: Recipe, device: torch.device) -> tuple[Sam, Sam]:
+    """The teacher, and a `Sam` of the chosen student around the teacher's decoder.
+
+    Raises:
+        InputError: one of them cannot be had, or they do not fit.
+    """
+    student = load_student(chosen_student(recipe))
+    teacher = load_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size).to(device)
+    if (student.img_size, student.config.embed_dim) != (recipe.image_size, teacher.prompt_encoder.embed_dim):
+        raise InputError(
+            f"{chosen_student(recipe)} makes {student.config.embed_dim} channels of {student.img_size} px images; "
+            f"the teacher's decoder takes {teacher.prompt_encoder.embed_dim} channels of {recipe.image_size} px"
+        )
+    return teacher, build_student_sam(student, teacher)
+
+
+def evaluation_rows(recipe: Recipe, teacher: Sam, rank: int = 0, ranks: int = 1) -> Iterator[CacheRow]:
+    """This process's images with the teacher's embeddings: the cache's held-out ones, or those of `evaluate.data`.
+
+    Raises:
+        InputError: the cache is missing, or another teacher's.
+    """
+    if recipe.evaluate.data is not None:
+        sources, _ = pick_sources(expand_sources(recipe.evaluate.data), 1.0)
+        samples = read_images(assign_sources(sources, rank, ranks))
+        yield from embedded_rows(teacher, samples, recipe.cache.jpeg_quality, recipe.teacher.batch_size, [])
+        return
+    cache = open_cache(recipe)
+    refuse_other_teacher(recipe, cache.info.identity, teacher)
+    _, held_out = cache.split(recipe.data.val_images)
+    yield from (cache[index] for index in held_out[rank::ranks])
+
+
+def refuse_other_teacher(recipe: Recipe, identity: CacheIdentity, teacher: Sam) -> None:
+    """Raise `InputError` unless the cache was made with these very weights."""
+    refuse_other_cache(Path(recipe.cache.dir), identity, replace(identity, teacher_sha256=weights_sha256(teacher)))
+
+
+@torch.no_grad()
+def embed_both(row: CacheRow, student_sam: Sam) -> tuple[torch.Tensor, torch.Tensor]:
+    """The student's and the teacher's embedding of a row, float32 (1, C, h, w) each."""
+    pixels = pad_pixels(row.pixels(), student_sam.image_encoder.img_size)[None].to(student_sam.device)
+    student = student_sam.image_encoder(to_encoder_input(pixels, torch.tensor([row.input_size])))
+    return student.float(), torch.from_numpy(row.embedding)[None].to(student.device).float()
+
+
+def make_prompts(row: CacheRow, recipe: Recipe) -> Prompts:
+    """Prompts from the row's annotation, or a grid of points."""
+    masks = decode_masks(row.annotation)[: recipe.evaluate.masks_per_image] if row.annotation else []
+    if not masks:
+        height, width = row.original_size
+        return Prompts(build_point_grid(recipe.evaluate.grid) * (width, height))
+    points = np.array([center_point(mask) for mask in masks])
+    boxes = np.array([bounding_box(mask) for mask in masks])
+    return Prompts(points, boxes, np.stack(masks))
+
+
+def score_image(
+    row: CacheRow, decoder: Sam, student: torch.Tensor, teacher: torch.Tensor, prompts: Prompts
+) -> Iterator[Score]:
+    """A score a prompt, each pair of masks decoded by the same decoder from the two embeddings."""
+    for prompt, points, boxes in (("point", prompts.points, None), ("box", None, prompts.boxes)):
+        if points is None and boxes is None:
+            continue
+        ours = predict_masks(decoder, student, row, points=points, boxes=boxes)
+        theirs = predict_masks(decoder, teacher, row, points=points, boxes=boxes)
+        truths = prompts.masks if prompts.masks is not None else [None] * len(prompts.points)
+        for student_mask, teacher_mask, truth in zip(ours, theirs, truths, strict=True):
+            yield Score(
+                key=row.key,
+                prompt=prompt,
+                area=None if truth is None else int(truth.sum()),
+                student_teacher=mask_iou(student_mask, teacher_mask),
+                student_truth=None if truth is None else mask_iou(student_mask, truth),
+                teacher_truth=None if truth is None else mask_iou(teacher_mask, truth),
+            )
+
+
+@torch.no_grad()
+def predict_masks(
+    sam: Sam,
+    embedding: torch.Tensor,
+    row: CacheRow,
+    *,
+    points: np.ndarray | None = None,
+    boxes: np.ndarray | None = None,
+) -> Iterator[np.ndarray]:
+    """One mask a prompt, each prompt on its own; equal to `SamPredictor.predict` on the same embedding.
+
+    Args:
+        sam: whose prompt encoder and mask decoder are used.
+        embedding: float32 (1, C, h, w).
+        row: gives the image's sizes.
+        points: foreground points (N, 2), or
+        boxes: boxes (N, 4), in pixels of the original image.
+
+    Yields:
+        Boolean (H, W) at the original size.
+    """
+    transform = ResizeLongestSide(sam.image_encoder.img_size)
+    prompts = transform.apply_coords(points, row.original_size) if points is not None else None
+    if boxes is not None:
+        prompts = transform.apply_boxes(boxes, row.original_size)
+    assert prompts is not None
+    for part in torch.as_tensor(prompts, dtype=torch.float, device=sam.device).split(PROMPTS_A_PASS):
+        ones = torch.ones(len(part), 1, dtype=torch.int, device=sam.device)
+        sparse, dense = sam.prompt_encoder(
+            points=(part[:, None], ones) if points is not None else None,
+            boxes=part if boxes is not None else None,
+            masks=None,
+        )
+        low_res, predicted_iou = sam.mask_decoder(
+            image_embeddings=embedding,
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=points is not None,
+        )
+        best = predicted_iou.argmax(dim=1)
+        low_res = low_res[torch.arange(len(best), device=best.device), best][:, None]
+        masks = sam.postprocess_masks(low_res, row.input_size, row.original_size)[:, 0] > sam.mask_threshold
+        yield from masks.cpu().numpy()
+
+
+def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boolean masks; 1 where both are empty, since they agree."""
+    union = np.logical_or(a, b).sum()
+    return float(np.logical_and(a, b).sum() / union) if union else 1.0
+
+
+def summarize(scores: list[Score], errors: list[tuple[float, float]]) -> dict[str, Any]:
+    """Means over masks by prompt and size, means over images of the embedding's errors, and a score an image."""
+    by_image: dict[str, list[float]] = {}
+    for score in scores:
+        by_image.setdefault(score.key, []).append(score.student_teacher)
+    return {
+        "images": len(errors),
+        "embedding": {"mse": fmean(mse for mse, _ in errors), "cosine": fmean(cosine for _, cosine in errors)},
+        "miou": {
+            prompt: _by_size([score for score in scores if score.prompt == prompt])
+            for prompt in dict.fromkeys(score.prompt for score in scores)
+        },
+        "student_teacher_miou_by_image": {key: fmean(values) for key, values in sorted(by_image.items())},
+    }
+
+
+def _by_size(scores: list[Score]) -> dict[str, Any]:
+    sized = [score for score in scores if score.area is not None]
+    groups = {name: [s for s in sized if low <= (s.area or 0) < high] for name, (low, high) in SIZES.items()}
+    return {name: _means(group) for name, group in {"all": scores, **groups}.items() if group}
+
+
+def _means(scores: list[Score]) -> dict[str, float]:
+    means: dict[str, float] = {"masks": len(scores)}
+    for comparison in ("student_teacher", "student_truth", "teacher_truth"):
+        values = [value for score in scores if (value := asdict(score)[comparison]) is not None]
+        if values:
+            means[comparison] = fmean(values)
+    return means

@@ -1,0 +1,145 @@
+"""The command line: one recipe, one or all stages."""
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from importlib.resources import files
+from pathlib import Path
+
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from distill.evaluate.masks import evaluate_masks
+from distill.export.stage import export
+from distill.recipe import STAGES, Recipe, describe_keys, list_recipes, load_recipe
+from distill.report import report
+from distill.run import claim_run_dir
+from distill.train import train
+from embeddings_cache.format import read_info
+from embeddings_cache.images import expand_sources, pick_sources
+from embeddings_cache.precompute import cache_identity, precompute
+from embeddings_cache.scenes import scene_count, write_scene_tars
+from embeddings_cache.teacher import check_teacher, load_teacher
+from students import InputError
+
+USAGE = """\
+accelerate launch distill.py recipe=NAME [stage=STAGE] [key=value ...]
+
+Distil a SAM's image encoder. Runs all stages, each only as far as its result is missing;
+the same command goes on after any interruption. `python distill.py` does the same in one process."""
+
+REAL_RUN = """\
+These were generated scenes and a teacher that knows nothing; a real run takes photographs and a SAM checkpoint: \
+accelerate launch distill.py recipe=repvit_m2_3 data.images='TARS OR FOLDER' teacher.checkpoint=sam_vit_h_4b8939.pth"""
+
+
+def main(arguments: list[str]) -> int:
+    """Run what the command line asks for; returns the exit code: 0, or 2 after one line on stderr."""
+    if not arguments or {"-h", "--help", "help"} & set(arguments):
+        print(help_text())
+        return 0
+    try:
+        run(load_recipe(arguments))
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"distill.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("distill.py: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(recipe: Recipe) -> None:
+    """Run the recipe's stage, or all of them.
+
+    Raises:
+        InputError: whatever the recipe asks for cannot be done. What can be checked is checked before anything is
+            written.
+    """
+    stages = STAGES if recipe.stage == "all" else (recipe.stage,)
+    check_inputs(recipe, stages)
+    accelerator = Accelerator(
+        mixed_precision=recipe.train.mixed_precision,
+        gradient_accumulation_steps=recipe.train.accumulate,
+        step_scheduler_with_optimizer=False,
+        log_with="tensorboard",
+        project_dir=recipe.run_dir,
+        # One process may wait for another's share of the teacher pass for hours; the default gives up after minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+    if accelerator.is_main_process:
+        claim_run_dir(recipe)
+    accelerator.wait_for_everyone()
+    functions: dict[str, Callable[[Recipe, Accelerator], None]] = {
+        "precompute": run_precompute,
+        "train": train,
+        "evaluate": evaluate_masks,
+        "export": export,
+        "report": report,
+    }
+    for stage in stages:
+        functions[stage](recipe, accelerator)
+    if recipe.name == "quickstart" and scene_count(recipe.data.images):
+        accelerator.print(REAL_RUN)
+    accelerator.end_training()
+
+
+def run_precompute(recipe: Recipe, accelerator: Accelerator) -> None:
+    """`embeddings_cache.precompute` with a recipe's settings."""
+    directory = Path(recipe.cache.dir)
+    sam = load_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
+    identity = cache_identity(
+        sam,
+        recipe.teacher.name,
+        dtype=recipe.cache.dtype,
+        jpeg_quality=recipe.cache.jpeg_quality,
+        images=recipe.data.images,
+        fraction=recipe.data.fraction,
+    )
+    info = precompute(
+        directory,
+        sam,
+        identity,
+        lambda: image_sources(recipe, accelerator),
+        accelerator,
+        batch_size=recipe.teacher.batch_size,
+        images_per_shard=recipe.cache.images_per_shard,
+        max_skipped=recipe.data.max_skipped,
+    )
+    skipped = f", {info.skipped} bad samples skipped (skipped.jsonl)" if info.skipped else ""
+    accelerator.print(f"precompute: {info.images} images in {directory}{skipped}")
+
+
+def image_sources(recipe: Recipe, accelerator: Accelerator) -> list[str]:
+    """The tars and folders of `data.images`; scenes are generated first."""
+    count = scene_count(recipe.data.images)
+    if not count:
+        return expand_sources(recipe.data.images)
+    with accelerator.main_process_first():
+        return write_scene_tars(Path(recipe.cache.dir) / "scenes", count, recipe.image_size * 5 // 4)
+
+
+def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
+    """Refuse what is known to fail, before anything is written.
+
+    Raises:
+        InputError: teacher or images are missing.
+    """
+    if {"precompute", "evaluate", "report"} & set(stages):
+        check_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
+    if "precompute" in stages and not scene_count(recipe.data.images):
+        info = read_info(Path(recipe.cache.dir))
+        if info is None or not info.complete:
+            pick_sources(expand_sources(recipe.data.images), recipe.data.fraction)
+
+
+def help_text() -> str:
+    """Usage, recipes, stages, and every key with default and comment."""
+    lines = [USAGE, "", "recipes (or the path of a YAML file):"]
+    for name in list_recipes():
+        text = (files("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+        lines.append(f"  {name:<14} {text.splitlines()[0].removeprefix('# ')}")
+    lines += ["", f"stages: {', '.join(STAGES)}", "", "keys, their defaults and what they are:"]
+    lines += [f"  {key + '=' + default:<44} {comment}" for key, default, comment in describe_keys()]
+    return "\n".join(lines)
