@@ -7,6 +7,7 @@ from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from distill.evaluate.masks import evaluate_masks
@@ -68,6 +69,7 @@ def run(recipe: Recipe) -> None:
         # One process may wait for another's share of the teacher pass for hours; the default gives up after minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
+    use_all_cores(accelerator)
     if accelerator.is_main_process:
         claim_run_dir(recipe)
     accelerator.wait_for_everyone()
@@ -83,6 +85,16 @@ def run(recipe: Recipe) -> None:
     if recipe.name == "quickstart" and scene_count(recipe.data.images):
         accelerator.print(REAL_RUN)
     accelerator.end_training()
+
+
+def use_all_cores(accelerator: Accelerator) -> None:
+    """On a CPU, share the cores among this machine's processes.
+
+    `accelerate launch` and `torchrun` set one thread a process unless OMP_NUM_THREADS says otherwise.
+    """
+    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def run_precompute(recipe: Recipe, accelerator: Accelerator) -> None:

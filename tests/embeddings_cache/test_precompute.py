@@ -1,0 +1,286 @@
+import io
+import json
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+from operator import itemgetter
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from segment_anything import SamPredictor
+from segment_anything.modeling import Sam
+from torch.utils.data import DataLoader
+
+from embeddings_cache import precompute as module
+from embeddings_cache.format import CacheIdentity, CacheInfo
+from embeddings_cache.images import Share, read_images
+from embeddings_cache.precompute import cache_identity, precompute
+from embeddings_cache.preprocess import resize_longest_side
+from embeddings_cache.reader import EmbeddingsCache, shard_paths
+from embeddings_cache.teacher import load_teacher
+from students import InputError
+
+SIZE = 128
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def sam() -> Sam:
+    return load_teacher("toy", None, SIZE)
+
+
+@pytest.fixture(scope="module")
+def identity(sam: Sam, scene_tar: Path) -> CacheIdentity:
+    return cache_identity(sam, "toy", dtype="float16", jpeg_quality=95, images=str(scene_tar), fraction=1.0)
+
+
+@pytest.fixture(scope="module")
+def cache_dir(
+    tmp_path_factory: pytest.TempPathFactory,
+    sam: Sam,
+    identity: CacheIdentity,
+    scene_tar: Path,
+    accelerator: Accelerator,
+) -> Path:
+    """A finished cache of the 24 scenes in three shards."""
+    directory = tmp_path_factory.mktemp("cache")
+    fill(directory, sam, identity, scene_tar, accelerator)
+    return directory
+
+
+def fill(
+    directory: Path, sam: Sam, identity: CacheIdentity, tar: Path, accelerator: Accelerator, **options: float
+) -> CacheInfo:
+    settings = {"batch_size": 5, "images_per_shard": 10, **options}
+    return precompute(directory, sam, identity, lambda: [str(tar)], accelerator, **settings)  # type: ignore[arg-type]
+
+
+def contents(directory: Path) -> dict[str, tuple[bytes, bytes]]:
+    cache = EmbeddingsCache(directory)
+    return {row.key: (row.embedding.tobytes(), row.encoded) for row in cache}
+
+
+def test_every_image_has_one_row(cache_dir: Path, scene_tar: Path) -> None:
+    cache = EmbeddingsCache(cache_dir)
+    assert cache.keys == sorted(f"sa_{n}" for n in range(24))
+    assert [path.name for path in shard_paths(cache_dir)] == [f"shard-00000-0000{n}.h5" for n in range(3)]
+    originals = {sample.key: sample for sample in read_images([Share(str(scene_tar))])}
+    for row in cache:
+        assert row.original_size == originals[row.key].original_size
+        assert row.input_size == row.pixels().shape[:2]
+        assert max(row.input_size) == SIZE
+        assert row.annotation == originals[row.key].annotation
+
+
+def test_embedding_is_the_teachers_of_the_stored_pixels(cache_dir: Path, sam: Sam) -> None:
+    predictor = SamPredictor(sam)
+    for row in list(EmbeddingsCache(cache_dir))[:6]:
+        predictor.set_image(row.pixels())
+        expected = predictor.get_image_embedding()[0]
+        torch.testing.assert_close(torch.from_numpy(row.embedding).float(), expected, atol=2e-3, rtol=1e-3)
+
+
+def test_png_keeps_the_resized_pixels_exactly(
+    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
+) -> None:
+    fill(tmp_path, sam, replace(identity, jpeg_quality="png"), scene_tar, accelerator)
+    originals = {sample.key: sample.image for sample in read_images([Share(str(scene_tar))])}
+    for row in EmbeddingsCache(tmp_path):
+        assert np.array_equal(row.pixels(), resize_longest_side(originals[row.key], SIZE))
+
+
+def test_a_shard_can_be_read_with_h5py_alone(cache_dir: Path, identity: CacheIdentity) -> None:
+    with h5py.File(cache_dir / "shard-00000-00000.h5") as file:
+        assert file["embeddings"].shape == (10, 64, 8, 8)
+        assert file["embeddings"].dtype == np.float16
+        assert file["embeddings"].chunks == (1, 64, 8, 8)
+        assert file["embeddings"].fletcher32
+        assert file["images"].shape == file["keys"].shape == file["annotations"].shape == (10,)
+        assert file["original_size"].dtype == file["input_size"].dtype == np.int32
+        assert file["original_size"].shape == (10, 2)
+        assert file.attrs["version"] == 1
+        assert file.attrs["images"] == 10
+        assert file.attrs["teacher_name"] == "toy"
+        assert file.attrs["teacher_sha256"] == identity.teacher_sha256
+        assert file.attrs["preprocess"] == identity.preprocess
+        assert "software_torch" in file.attrs
+    described = json.loads((cache_dir / "cache.json").read_text())
+    assert (described["version"], described["complete"], described["images"], described["shards"]) == (1, True, 24, 3)
+
+
+def test_a_flipped_bit_is_noticed(
+    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
+) -> None:
+    fill(tmp_path, sam, identity, scene_tar, accelerator)
+    shard = shard_paths(tmp_path)[0]
+    with h5py.File(shard) as file:
+        offset = file["embeddings"].id.get_chunk_info(0).byte_offset
+        key = file["keys"][0].decode()
+    data = bytearray(shard.read_bytes())
+    data[offset + 100] ^= 1
+    shard.write_bytes(data)
+    cache = EmbeddingsCache(tmp_path)
+    with pytest.raises(OSError, match=r"[Ff]letcher32|[Cc]an't"):
+        cache[cache.keys.index(key)]
+
+
+def test_a_finished_cache_needs_no_tar_any_more(
+    cache_dir: Path, sam: Sam, identity: CacheIdentity, accelerator: Accelerator
+) -> None:
+    def gone() -> list[str]:
+        raise AssertionError("the tars were looked for")
+
+    before = {path: path.stat().st_mtime_ns for path in cache_dir.iterdir()}
+    assert precompute(cache_dir, sam, identity, gone, accelerator).images == 24
+    assert {path: path.stat().st_mtime_ns for path in cache_dir.iterdir()} == before
+
+
+@pytest.mark.parametrize("at", [3, 11, 23])
+def test_resumes_after_a_crash_and_redoes_one_shard_at_most(
+    at: int,
+    tmp_path: Path,
+    cache_dir: Path,
+    sam: Sam,
+    identity: CacheIdentity,
+    scene_tar: Path,
+    accelerator: Accelerator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = module.encode
+    seen: list[int] = []
+
+    def crashing(sam: Sam, pixels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        if sum(seen) > at:
+            raise RuntimeError("power cut")
+        return original(sam, pixels, sizes)
+
+    monkeypatch.setattr(module, "encode", crashing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fill(tmp_path, sam, identity, scene_tar, accelerator, batch_size=1)
+    (tmp_path / ".tmp-shard-00000-00007.h5").write_bytes(b"what a kill leaves behind")
+    with pytest.raises(InputError, match="not finished"):
+        EmbeddingsCache(tmp_path)
+
+    again: list[int] = []
+    monkeypatch.setattr(module, "encode", lambda *a: (again.append(len(a[1])), original(*a))[1])
+    fill(tmp_path, sam, identity, scene_tar, accelerator, batch_size=1)
+    assert sum(again) == 24 - at // 10 * 10
+    assert not list(tmp_path.glob(".tmp-*"))
+    assert {key: pixels for key, (_, pixels) in contents(tmp_path).items()} == {
+        key: pixels for key, (_, pixels) in contents(cache_dir).items()
+    }
+    for key, (embedding, _) in contents(tmp_path).items():
+        ours, theirs = (np.frombuffer(e, np.float16) for e in (embedding, contents(cache_dir)[key][0]))
+        np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"teacher_name": "vit_h"}, "teacher.name: 'toy', not 'vit_h'"),
+        ({"teacher_sha256": "0" * 64}, "SHA-256 of the teacher's weights"),
+        ({"image_size": 256}, "image_size: 128, not 256"),
+        ({"jpeg_quality": 90}, "cache.jpeg_quality: 95, not 90"),
+        ({"data_fraction": 0.5}, "data.fraction: 1.0, not 0.5"),
+        ({"data_images": "other.tar"}, "data.images"),
+        ({"preprocess": "x"}, "fingerprint of the preprocessing"),
+    ],
+)
+def test_another_cache_is_refused_by_name(
+    change: dict, named: str, cache_dir: Path, sam: Sam, identity: CacheIdentity, accelerator: Accelerator
+) -> None:
+    with pytest.raises(InputError) as error:
+        fill(cache_dir, sam, replace(identity, **change), Path("x"), accelerator)
+    assert named in str(error.value)
+
+
+def test_a_cache_in_use_is_refused(
+    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
+) -> None:
+    code = "import sys; from pathlib import Path; from embeddings_cache.files import sole_user\n"
+    code += "with sole_user(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="in use by another run"):
+            fill(tmp_path, sam, identity, scene_tar, accelerator)
+        holder.communicate("")
+    assert fill(tmp_path, sam, identity, scene_tar, accelerator).complete
+
+
+def damaged_tar(path: Path, scene_tar: Path, broken: int) -> Path:
+    with tarfile.open(scene_tar) as source, tarfile.open(path, "w") as target:
+        for number, member in enumerate(source.getmembers()[:40]):
+            data = source.extractfile(member).read()
+            if number % 2 == 0 and number // 2 < broken:
+                data = data[:300]
+                member.size = 300
+            target.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_bad_samples_are_recorded_up_to_a_share(
+    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
+) -> None:
+    tar = damaged_tar(tmp_path / "bad.tar", scene_tar, broken=2)
+    with pytest.raises(InputError, match=r"2 of 20 samples are bad, more than data.max_skipped=0.05.*sa_0.*Truncated"):
+        fill(tmp_path / "c", sam, identity, tar, accelerator, max_skipped=0.05)
+    info = fill(tmp_path / "c", sam, identity, tar, accelerator, max_skipped=0.1)
+    assert (info.images, info.skipped) == (18, 2)
+    lines = [json.loads(line) for line in (tmp_path / "c" / "skipped.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["sa_0", "sa_1"]
+    assert all("truncated" in line["reason"].lower() for line in lines)
+
+
+def test_no_readable_image_at_all_is_an_error(
+    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
+) -> None:
+    tar = damaged_tar(tmp_path / "bad.tar", scene_tar, broken=20)
+    with pytest.raises(InputError, match="no image could be read from"):
+        fill(tmp_path / "c", sam, identity, tar, accelerator)
+
+
+def test_a_fraction_takes_a_stable_part(
+    tmp_path: Path, cache_dir: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
+) -> None:
+    fill(tmp_path, sam, replace(identity, data_fraction=0.5), scene_tar, accelerator)
+    half = EmbeddingsCache(tmp_path)
+    assert 4 < len(half) < 20
+    assert set(half.keys) < set(EmbeddingsCache(cache_dir).keys)
+
+
+def test_split_holds_out_by_hash(cache_dir: Path) -> None:
+    cache = EmbeddingsCache(cache_dir)
+    train, held_out = cache.split(5)
+    assert len(held_out) == 5
+    assert sorted(train + held_out) == list(range(24))
+    assert set(cache.split(4)[1]) < set(held_out)
+    with pytest.raises(InputError, match="leaves none"):
+        cache.split(24)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_the_same_rows(method: str, cache_dir: Path) -> None:
+    cache = EmbeddingsCache(cache_dir)
+    expected = [row.embedding.tobytes() for row in cache]  # the files are open before the workers start
+    loader = DataLoader(cache, num_workers=2, collate_fn=itemgetter(0), multiprocessing_context=method)
+    assert [row.embedding.tobytes() for row in loader] == expected
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    (tmp_path / "cache.json").write_text('{"what": "something else"}')
+    return tmp_path
+
+
+def test_foreign_directories_are_refused(foreign: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(InputError, match="does not describe an embeddings cache"):
+        EmbeddingsCache(foreign)
+    with pytest.raises(InputError, match="does not exist: run stage=precompute"):
+        EmbeddingsCache(tmp_path_factory.mktemp("empty"))

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from segment_anything.modeling.common import LayerNorm2d
+from torch import nn
+
+from students import InputError, StudentEncoder, create_student, list_students
+
+TINY_REPVIT = {"widths": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+
+
+def randomize_norms(model: nn.Module) -> nn.Module:
+    """Give every norm the statistics and weights of a trained one; at their initial values fusing proves nothing."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | LayerNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.3, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("name", list_students())
+def test_every_student_has_one_cell_every_16_pixels(name: str) -> None:
+    student = create_student(name, image_size=128).eval()
+    with torch.no_grad():
+        assert student(torch.randn(1, 3, 128, 128)).shape == (1, 256, 8, 8)
+
+
+def test_the_list_has_all_of_timms_and_the_papers_short_names() -> None:
+    assert {"repvit_m0_9", "repvit_m1_1", "repvit_m2_3", "tiny_vit_5m", "tiny_vit_5m_224"} <= set(list_students())
+
+
+def test_embedding_has_the_shape_of_sams_at_1024_px() -> None:
+    student = create_student("repvit_m0_9", **TINY_REPVIT).eval()
+    with torch.no_grad():
+        assert student(torch.randn(1, 3, 1024, 1024)).shape == (1, 256, 64, 64)
+
+
+def test_repvit_m2_3_has_the_parameters_of_repvit_sams_encoder() -> None:
+    # The published repvit_sam.pt: 23,158,920 under image_encoder.
+    assert sum(p.numel() for p in create_student("repvit_m2_3").parameters()) == 23_158_920
+
+
+@pytest.mark.parametrize("name", ["repvit_m0_9", "repvit_m1", "repvit_m2_3", "tiny_vit_5m"])
+def test_fusing_keeps_the_outputs(name: str, seeded: None) -> None:
+    student = randomize_norms(create_student(name, image_size=128)).eval()
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    fused = student.fused()
+    image = torch.randn(2, 3, 128, 128)
+    with torch.no_grad():
+        difference = (fused(image) - student(image)).abs().max()
+    assert difference < 1e-4
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.backbone.modules())
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+
+
+def test_fusing_repvit_leaves_one_convolution_a_branch() -> None:
+    student = create_student("repvit_m0_9", image_size=64)
+    convolutions = [sum(isinstance(m, nn.Conv2d) for m in model.modules()) for model in (student, student.fused())]
+    assert convolutions[1] < convolutions[0]
+
+
+def test_neck_is_sams() -> None:
+    neck = create_student("repvit_m0_9", image_size=64, embed_dim=96, **TINY_REPVIT).neck
+    assert [type(layer) for layer in neck] == [nn.Conv2d, LayerNorm2d, nn.Conv2d, LayerNorm2d]
+    assert [tuple(p.shape) for p in neck.parameters()] == [
+        (96, 32, 1, 1), (96,), (96,), (96, 96, 3, 3), (96,), (96,),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["repvit_m1_1", "tiny_vit_5m"])
+def test_gradients_reach_every_parameter(name: str) -> None:
+    # DistributedDataParallel stops at parameters without one.
+    student = create_student(name, image_size=64)
+    student(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    assert [n for n, p in student.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "repvit_m9"}, "unknown student 'repvit_m9'"),
+        ({"name": "resnet50"}, "unknown student"),
+        ({"name": "repvit_m0_9", "image_size": 1000}, "not a multiple of 64"),
+        ({"name": "repvit_m0_9", "colour": "red"}, "colour"),
+        ({"name": "tiny_vit_5m", "widths": [10, 20, 30, 41]}, "overrides"),
+    ],
+)
+def test_what_cannot_be_built_is_named(arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        create_student(**arguments)
+
+
+def test_same_seed_same_weights() -> None:
+    def build() -> StudentEncoder:
+        torch.manual_seed(3)
+        return create_student("repvit_m0_9", image_size=64, **TINY_REPVIT)
+
+    first, second = build().state_dict(), build().state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
