@@ -14,7 +14,7 @@ from distill.evaluate.masks import evaluate_masks
 from distill.export.stage import export
 from distill.recipe import STAGES, Recipe, describe_keys, list_recipes, load_recipe
 from distill.report import report
-from distill.run import claim_run_dir
+from distill.run import chosen_student, claim_run_dir, open_cache
 from distill.train import train
 from embeddings_cache.format import read_info
 from embeddings_cache.images import expand_sources, pick_sources
@@ -60,15 +60,7 @@ def run(recipe: Recipe) -> None:
     """
     stages = STAGES if recipe.stage == "all" else (recipe.stage,)
     check_inputs(recipe, stages)
-    accelerator = Accelerator(
-        mixed_precision=recipe.train.mixed_precision,
-        gradient_accumulation_steps=recipe.train.accumulate,
-        step_scheduler_with_optimizer=False,
-        log_with="tensorboard",
-        project_dir=recipe.run_dir,
-        # One process may wait for another's share of the teacher pass for hours; the default gives up after minutes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
-    )
+    accelerator = create_accelerator(recipe)
     use_all_cores(accelerator)
     if accelerator.is_main_process:
         claim_run_dir(recipe)
@@ -85,6 +77,18 @@ def run(recipe: Recipe) -> None:
     if recipe.name == "quickstart" and scene_count(recipe.data.images):
         accelerator.print(REAL_RUN)
     accelerator.end_training()
+
+
+def create_accelerator(recipe: Recipe) -> Accelerator:
+    """Accelerate as the stages expect it: devices and processes are the launcher's, the rest is the recipe's."""
+    return Accelerator(
+        mixed_precision=recipe.train.mixed_precision,
+        gradient_accumulation_steps=recipe.train.accumulate,
+        log_with="tensorboard",
+        project_dir=recipe.run_dir,
+        # One process may wait for another's share of the teacher pass for hours; the default gives up after minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -136,7 +140,7 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
     """Refuse what is known to fail, before anything is written.
 
     Raises:
-        InputError: teacher or images are missing.
+        InputError: teacher or images are missing, or the result of an earlier stage that is not run now.
     """
     if {"precompute", "evaluate", "report"} & set(stages):
         check_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
@@ -144,6 +148,10 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
         info = read_info(Path(recipe.cache.dir))
         if info is None or not info.complete:
             pick_sources(expand_sources(recipe.data.images), recipe.data.fraction)
+    if "precompute" not in stages and "train" in stages:
+        open_cache(recipe)
+    if "train" not in stages and {"evaluate", "export", "report"} & set(stages):
+        chosen_student(recipe)
 
 
 def help_text() -> str:

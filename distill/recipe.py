@@ -66,7 +66,7 @@ class TrainRecipe:
     clip_norm: float = 1.0  # gradients are clipped to this norm
     loss: dict[str, float] = field(default_factory=lambda: {"mse": 1.0})  # weight by loss; mse: of the embeddings
     mixed_precision: str = "no"  # no, bf16 or fp16
-    workers: int = 2  # processes that read the cache, for each training process
+    workers: int | None = None  # processes that read the cache, for each training process; default: 4, on a CPU none
     checkpoint_every: int = 1000  # optimizer steps between checkpoints
     log_every: int = 10  # optimizer steps between lines of metrics.jsonl
 
@@ -302,7 +302,7 @@ def _check(recipe: Recipe, origin: Callable[[str], str]) -> None:
         (POSITIVE, lambda v: v > 0, " is not above 0"),
     ):
         for key in keys:
-            if not holds(value := OmegaConf.select(config, key)):
+            if (value := OmegaConf.select(config, key)) is not None and not holds(value):
                 refuse(key, value, expected)
     if recipe.image_size < 64 or recipe.image_size % 64:
         refuse("image_size", recipe.image_size, " is not a multiple of 64")

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
     optimizer = torch.optim.AdamW(parameter_groups(student, recipe.train.weight_decay), lr=recipe.train.lr)
     images = CachedImages(cache)
     sampler = EpochSampler(train_rows, plan.steps_per_epoch * recipe.train.batch_size, recipe.seed)
-    options = {"num_workers": recipe.train.workers, "pin_memory": accelerator.device.type == "cuda"}
+    options = loader_options(recipe, accelerator)
     loader = DataLoader(images, plan.micro_batch, sampler=sampler, **options)
     val_loader = DataLoader(Subset(images, val_rows), plan.micro_batch, **options)
     student, optimizer, loader, val_loader = accelerator.prepare(student, optimizer, loader, val_loader)
@@ -103,6 +104,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
         with whole_file(trained_student(recipe)) as temporary:
             save_student(temporary, accelerator.unwrap_model(student), metadata)
     accelerator.wait_for_everyone()
+    accelerator.free_memory()
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,14 @@ class Metrics:
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, "epoch": epoch, **values}) + "\n")
+
+
+def loader_options(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """How the cache is read. On a CPU no workers by default: they would compete with the training for the cores, and a
+    worker forked off a training process of many GB keeps that memory from being reused."""
+    on_cpu = accelerator.device.type == "cpu"
+    workers = recipe.train.workers if recipe.train.workers is not None else (0 if on_cpu else 4)
+    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": not on_cpu}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

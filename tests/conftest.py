@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,22 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from embeddings_cache.scenes import write_scene_tar
-
-ROOT = Path(__file__).parents[1]
-IMAGES = 24
-TINY = (
-    "recipe=quickstart",
-    "image_size=128",
-    "data.val_images=4",
-    "train.epochs=2",
-    "train.batch_size=4",
-    "student.overrides={widths: [8, 16, 24, 32], depths: [1, 1, 1, 1]}",
-    "teacher.batch_size=4",
-    "train.workers=1",
-)
-"""A recipe that runs every stage in seconds; `data.images`, `run_dir` and `cache.dir` are still to be given."""
-
-Cli = Callable[..., subprocess.CompletedProcess[str]]
+from support import IMAGES, ROOT, TINY, Cli, places
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +21,12 @@ def scene_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+os.environ["ACCELERATE_USE_CPU"] = "true"  # as CI; also for the processes that tests start
+
+
 @pytest.fixture(scope="session")
 def accelerator() -> Accelerator:
-    return Accelerator(cpu=True)
+    return Accelerator()
 
 
 @pytest.fixture
@@ -53,8 +40,7 @@ def cli() -> Cli:
 
     def run(*arguments: str, launcher: tuple[str, ...] = (), cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *launcher, str(ROOT / "distill.py"), *arguments]
-        environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
 
     return run
 
@@ -66,8 +52,3 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, scene_tar: Path, cli:
     result = cli(*TINY, *places(directory, scene_tar))
     assert result.returncode == 0, result.stderr
     return directory
-
-
-def places(directory: Path, images: Path | str) -> tuple[str, str, str]:
-    """The arguments that keep a run within a directory."""
-    return f"data.images={images}", f"run_dir={directory / 'run'}", f"cache.dir={directory / 'cache'}"

@@ -24,9 +24,9 @@ from embeddings_cache.preprocess import resize_longest_side
 from embeddings_cache.reader import EmbeddingsCache, shard_paths
 from embeddings_cache.teacher import load_teacher
 from students import InputError
+from support import ROOT
 
 SIZE = 128
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

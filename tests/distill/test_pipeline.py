@@ -1,0 +1,160 @@
+"""The whole command, in processes of its own, as a person runs it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+from PIL import Image
+from segment_anything import sam_model_registry
+
+from embeddings_cache.reader import EmbeddingsCache, shard_paths
+from students import load_student
+from support import IMAGES, ROOT, TINY, Cli, places
+
+
+def modified(directory: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+
+
+def test_every_stage_leaves_its_result(finished_run: Path) -> None:
+    run = finished_run / "run"
+    for name in (
+        "recipe.yaml", "metrics.jsonl", "student.safetensors", "evaluation.json", "export/encoder.onnx",
+        "export/manifest.json", "report/report.json", "report/masks.png", "report/loss.png",
+    ):  # fmt: skip
+        assert (run / name).stat().st_size > 0, name
+    assert not list(finished_run.rglob(".tmp-*"))
+    report = json.loads((run / "report" / "report.json").read_text())
+    assert report["evaluation"]["miou"] == json.loads((run / "evaluation.json").read_text())["miou"]
+    assert len(report["embedding"]["held_out_mse_by_step"]) == 3
+    for name in report["files"]:
+        with Image.open(run / "report" / name) as picture:
+            assert min(picture.size) > 200
+            assert len(picture.convert("RGB").getcolors(1 << 24) or []) > 50
+
+
+def test_the_same_command_again_does_nothing_twice(finished_run: Path, scene_tar: Path, cli: Cli) -> None:
+    before = modified(finished_run)
+    result = cli(*TINY, *places(finished_run, scene_tar))
+    assert result.returncode == 0, result.stderr
+    changed = {path.name for path, time in modified(finished_run).items() if before.get(path) != time}
+    assert changed <= {"recipe.yaml"}
+    assert "mIoU box" in result.stdout  # the summary is shown all the same
+
+
+def test_held_out_images_take_no_part_in_training(finished_run: Path, scene_tar: Path, cli: Cli) -> None:
+    """Garble the held-out embeddings: the same command trains the same student."""
+    garbled = finished_run / "garbled"
+    shutil.copytree(finished_run / "cache", garbled / "cache")
+    _, held_out = EmbeddingsCache(garbled / "cache").split(4)
+    keys = {EmbeddingsCache(garbled / "cache").keys[index] for index in held_out}
+    for shard in shard_paths(garbled / "cache"):
+        with h5py.File(shard, "r+") as file:
+            for row, key in enumerate(file["keys"][:]):
+                if key.decode() in keys:
+                    file["embeddings"][row] = 7.0
+    result = cli(*TINY, *places(garbled, scene_tar), "stage=train")
+    assert result.returncode == 0, result.stderr
+    ours = load_student(garbled / "run" / "student.safetensors").state_dict()
+    theirs = load_student(finished_run / "run" / "student.safetensors").state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_two_processes_share_the_work(tmp_path: Path, finished_run: Path, scene_tar: Path, cli: Cli) -> None:
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
+    result = cli(*TINY, *places(tmp_path, scene_tar), "train.epochs=16", launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    rows: Counter[str] = Counter()
+    ranks: Counter[str] = Counter()
+    for shard in shard_paths(tmp_path / "cache"):
+        with h5py.File(shard) as file:
+            rows.update(key.decode() for key in file["keys"][:])
+            ranks[shard.name[:11]] += len(file["keys"])
+    assert rows == Counter({f"sa_{n}": 1 for n in range(IMAGES)})
+    assert set(ranks) == {"shard-00000", "shard-00001"}
+    # The same images are held out, and a student was trained, measured and exported.
+    one, two = (EmbeddingsCache(directory / "cache") for directory in (finished_run, tmp_path))
+    assert one.keys == two.keys
+    assert one.split(4) == two.split(4)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line["val_mse"] for line in lines if "val_mse" in line]
+    assert len(held_out) == 17
+    assert held_out[-1] < 0.7 * held_out[0]
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert evaluation["images"] == 4
+    assert (tmp_path / "run" / "export" / "encoder.onnx").exists()
+
+
+def test_an_error_is_one_line_on_stderr(tmp_path: Path, cli: Cli) -> None:
+    result = cli("recipe=repvit_m9", cwd=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == "distill.py: command line: unknown recipe 'repvit_m9'; did you mean 'repvit_m0_9'?\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_photographs_without_annotations_go_all_the_way(tmp_path: Path, scene_tar: Path, cli: Cli) -> None:
+    photos = tmp_path / "photos"
+    with tarfile.open(scene_tar) as tar:
+        tar.extractall(photos, filter="data")
+    for annotation in photos.glob("*.json"):
+        annotation.unlink()
+    result = cli(*TINY, *places(tmp_path, photos), "evaluate.grid=3")
+    assert result.returncode == 0, result.stderr
+    content = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert content["miou"]["point"]["all"]["masks"] == 4 * 9
+    assert (tmp_path / "run" / "report" / "masks.png").exists()
+
+
+@pytest.mark.slow
+def test_the_readmes_first_command(tmp_path: Path) -> None:
+    """`accelerate launch distill.py recipe=quickstart`, and once more."""
+    command = [str(Path(sys.executable).with_name("accelerate")), "launch", str(ROOT / "distill.py")]
+    arguments = ["recipe=quickstart"]
+    first = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert first.returncode == 0, first.stderr
+    assert "recipe=repvit_m2_3" in first.stdout  # what a real run takes instead
+    report = json.loads((tmp_path / "runs" / "quickstart" / "report" / "report.json").read_text())
+    by_step = report["embedding"]["held_out_mse_by_step"]
+    assert report["evaluation"]["embedding"]["mse"] < 0.25 * by_step[0][1]
+    assert report["evaluation"]["miou"]["box"]["all"]["student_teacher"] > 0.8
+    before = modified(tmp_path)
+    second = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert second.returncode == 0, second.stderr
+    assert {path.name for path, time in modified(tmp_path).items() if before.get(path) != time} <= {"recipe.yaml"}
+
+
+@pytest.mark.slow
+def test_repvit_m2_3_learns_from_a_vit_b_at_1024_px(tmp_path: Path, scene_tar: Path, cli: Cli) -> None:
+    torch.manual_seed(0)
+    torch.save(sam_model_registry["vit_b"]().state_dict(), tmp_path / "vit_b.pth")
+    few = tmp_path / "few.tar"
+    with tarfile.open(scene_tar) as source, tarfile.open(few, "w") as target:
+        for member in source.getmembers()[:6]:
+            target.addfile(member, source.extractfile(member))
+    result = cli(
+        "recipe=repvit_m2_3",
+        "teacher.name=vit_b",
+        f"teacher.checkpoint={tmp_path / 'vit_b.pth'}",
+        *places(tmp_path, few),
+        "data.fraction=1.0",
+        "data.val_images=1",
+        "train.batch_size=1",
+        "train.epochs=1",
+        "evaluate.masks_per_image=4",
+    )
+    assert result.returncode == 0, result.stderr
+    with h5py.File(shard_paths(tmp_path / "cache")[0]) as file:
+        assert file["embeddings"].shape == (3, 256, 64, 64)
+    manifest = json.loads((tmp_path / "run" / "export" / "manifest.json").read_text())
+    assert manifest["files"]["encoder.onnx"]["outputs"]["image_embeddings"]["shape"] == [1, 256, 64, 64]
+    parameters = sum(p.numel() for p in load_student(tmp_path / "run" / "student.safetensors").parameters())
+    assert parameters == 23_158_920
+    assert os.path.getsize(tmp_path / "run" / "export" / "encoder.onnx") > 4 * 22_000_000

@@ -1,0 +1,172 @@
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from distill.main import help_text, main
+from distill.recipe import (
+    STAGES,
+    Recipe,
+    describe_keys,
+    differences,
+    list_recipes,
+    load_recipe,
+    to_yaml,
+)
+from students import InputError
+
+
+def test_the_shipped_recipes_are_the_papers_and_the_quickstart() -> None:
+    assert list_recipes() == ["quickstart", "repvit_m0_9", "repvit_m1_1", "repvit_m2_3", "tiny_vit_5m"]
+
+
+@pytest.mark.parametrize("name", ["repvit_m0_9", "repvit_m1_1", "repvit_m2_3", "tiny_vit_5m"])
+def test_paper_recipes_have_the_papers_setting(name: str) -> None:
+    recipe = load_recipe([f"recipe={name}"])
+    assert recipe.student.name == name
+    assert recipe.teacher.name == "vit_h"
+    assert (recipe.image_size, recipe.data.fraction, recipe.train.epochs) == (1024, 0.01, 8)
+    assert (recipe.train.loss, recipe.student.downsample) == ({"mse": 1.0}, "stride1")
+
+
+def test_values_come_from_schema_then_file_then_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("data: {images: some/*.tar}\ntrain: {lr: 0.5, epochs: 3}\n")
+    recipe = load_recipe([f"recipe={path}", "train.epochs=7", "student.name=tiny_vit_5m"])
+    assert (recipe.train.batch_size, recipe.train.lr, recipe.train.epochs) == (8, 0.5, 7)
+    assert (recipe.name, recipe.run_dir, recipe.cache.dir) == ("mine", "runs/mine", "caches/vit_h-1024px")
+
+
+@pytest.mark.parametrize(
+    ("argument", "key", "value"),
+    [
+        ("data.images=a/sa_{000000..000003}.tar", "data.images", "a/sa_{000000..000003}.tar"),
+        ("data.images=pipe:curl -s http://x/{a,b}.tar", "data.images", "pipe:curl -s http://x/{a,b}.tar"),
+        ("data.images=[a.tar, b]", "data.images", ["a.tar", "b"]),
+        ("train.lr=1e-4", "train.lr", 1e-4),
+        ("cache.jpeg_quality=png", "cache.jpeg_quality", "png"),
+        ("run_dir=2026-11-20", "run_dir", "2026-11-20"),
+        ("train.loss={mse: 2}", "train.loss", {"mse": 2.0}),
+        ("student.overrides.depths=[1, 2, 3, 4]", "student.overrides.depths", [1, 2, 3, 4]),
+        ("teacher.checkpoint=null", "teacher.checkpoint", None),
+        ("train.workers=3", "train.workers", 3),
+    ],
+)
+def test_command_line_values(argument: str, key: str, value: object) -> None:
+    recipe = load_recipe(["recipe=quickstart", argument])
+    assert OmegaConf.select(OmegaConf.structured(recipe), key) == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "command line: recipe=NAME is missing; recipes: quickstart"),
+        (["recipe=repvit_m9"], "command line: unknown recipe 'repvit_m9'; did you mean 'repvit_m0_9'?"),
+        (["recipe=gone.yaml"], "command line: recipe=gone.yaml: no such file"),
+        (["recipe=quickstart", "train.epohcs=3"], "unknown key 'train.epohcs'; did you mean 'train.epochs'?"),
+        (["recipe=quickstart", "--resume"], "command line: '--resume' is not key=value"),
+        (["recipe=quickstart", "train.epochs=many"], "command line: train.epochs: Value 'many'"),
+        (["recipe=quickstart", "train.epochs=0"], "command line: train.epochs=0 is less than 1"),
+        (["recipe=quickstart", "data.fraction=1.5"], "command line: data.fraction=1.5 is more than 1"),
+        (["recipe=quickstart", "train.lr=-1"], "command line: train.lr=-1.0 is not above 0"),
+        (["recipe=quickstart", "seed=-1"], "command line: seed=-1 is negative"),
+        (["recipe=quickstart", "image_size=1000"], "command line: image_size=1000 is not a multiple of 64"),
+        (["recipe=quickstart", "stage=trian"], "command line: stage=trian is not known; did you mean 'train'?"),
+        (["recipe=quickstart", "student.name=repvit_m3_2"], "student.name=repvit_m3_2 is not known; did you mean"),
+        (["recipe=quickstart", "teacher.name=vit_x"], "teacher.name=vit_x is not known; did you mean 'vit_l'?"),
+        (["recipe=quickstart", "cache.jpeg_quality=101"], "cache.jpeg_quality=101 is neither 1-100 nor png"),
+        (["recipe=quickstart", "train.loss.mask=1"], "command line: train.loss=mask is not known"),
+        (["recipe=quickstart", "export.formats=[coreml]"], "command line: export.formats=coreml is not known"),
+        (["recipe=quickstart", "train.batch_size=9", "train.accumulate=2"], "9 does not divide by train.accumulate=2"),
+        (["recipe=quickstart", "run_dir=${nowhere}"], "Interpolation key 'nowhere' not found"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_with_their_origin_and_the_nearest_right_thing(arguments: list[str], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_recipe(arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_mistake_in_a_file_is_named_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    for content, message in (
+        ("trian: {lr: 1}", "mine.yaml: unknown key 'trian'; did you mean 'train"),
+        ("train: {lr: fast}", "mine.yaml: train.lr: Value 'fast'"),
+        ("train: [1", "mine.yaml is not valid YAML"),
+        ("- 1", "mine.yaml is not a recipe"),
+        ("seed: 1", "mine.yaml: data.images=None: say which tars or folder to use"),
+    ):
+        path.write_text(content)
+        with pytest.raises(InputError) as error:
+            load_recipe([f"recipe={path}"])
+        assert message in str(error.value)
+
+
+def test_the_resolved_recipe_reproduces_itself(tmp_path: Path) -> None:
+    recipe = load_recipe(["recipe=repvit_m2_3", "train.lr=3e-4", "run_dir=somewhere"])
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    assert load_recipe([f"recipe={tmp_path / 'recipe.yaml'}"]) == recipe
+
+
+def test_differences_are_those_that_shape_the_student() -> None:
+    recipe = load_recipe(["recipe=quickstart"])
+    same = load_recipe(["recipe=quickstart", "train.workers=5", "cache.dir=x", "run_dir=y", "evaluate.grid=3"])
+    assert differences(same, to_yaml(recipe)) == []
+    other = load_recipe(["recipe=quickstart", "train.lr=0.5", "student.overrides.widths=[8, 8, 8, 8]"])
+    assert differences(other, to_yaml(recipe))[1] == "train.lr: 0.002, now 0.5"
+
+
+def test_help_says_everything() -> None:
+    text = help_text()
+    for name in (*list_recipes(), *STAGES):
+        assert name in text
+    keys = list(describe_keys())
+    assert {"stage", "train.checkpoint_every", "evaluate.data", "export.formats"} <= {key for key, _, _ in keys}
+    for key, default, comment in keys:
+        assert comment, f"{key} has no comment"
+        assert f"{key}={default}" in text
+        assert comment in text
+
+
+def test_the_contracts_keys_exist() -> None:
+    """Keys that others rely on: add freely, rename never."""
+    keys = {key for key, _, _ in describe_keys()}
+    for section, names in {
+        "student": "name downsample pretrained",
+        "teacher": "name checkpoint",
+        "data": "images fraction val_images max_skipped",
+        "cache": "dir dtype images_per_shard jpeg_quality",
+        "train": "epochs batch_size lr loss checkpoint_every",
+        "evaluate": "task data",
+        "export": "formats",
+    }.items():
+        assert {f"{section}.{name}" for name in names.split()} <= keys
+    assert {"stage", "seed", "image_size", "run_dir", "checkpoint"} <= keys
+    assert isinstance(load_recipe(["recipe=quickstart"]), Recipe)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["recipe=repvit_m9"],
+        ["recipe=quickstart", "train.epohcs=3"],
+        ["recipe=repvit_m2_3"],  # its checkpoint is not here
+        ["recipe=repvit_m2_3", "teacher.checkpoint=nowhere.pth"],
+        ["recipe=quickstart", "data.images=nothing/*.tar"],
+        ["recipe=quickstart", "data.images=nothing/sa_{000000..000003}.tar"],
+        ["recipe=quickstart", "data.images=scenes:none"],
+        ["recipe=quickstart", "stage=train"],
+        ["recipe=quickstart", "stage=evaluate"],
+        ["recipe=quickstart", "stage=export", "checkpoint=nowhere.safetensors"],
+    ],
+)
+def test_a_mistake_is_one_line_exit_2_and_nothing_written(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("distill.py: ")
+    assert list(tmp_path.iterdir()) == []

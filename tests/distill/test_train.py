@@ -1,0 +1,230 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+
+from distill import train as module
+from distill.losses import embedding_errors, weighted_loss
+from distill.main import create_accelerator
+from distill.recipe import Recipe, load_recipe
+from distill.run import claim_run_dir
+from distill.train import EpochSampler, Plan, train
+from embeddings_cache.preprocess import pad_pixels, to_encoder_input
+from embeddings_cache.reader import EmbeddingsCache
+from students import InputError, StudentEncoder, create_student, load_student, read_metadata
+from support import TINY, places
+
+
+@pytest.fixture
+def recipe(finished_run: Path, scene_tar: Path, tmp_path: Path) -> Recipe:
+    """The tiny recipe on the finished cache, with a run directory of its own."""
+    arguments = [*TINY, *places(finished_run, scene_tar), f"run_dir={tmp_path / 'run'}", "train.workers=0"]
+    return load_recipe(arguments)
+
+
+@pytest.fixture
+def accelerator(recipe: Recipe) -> Accelerator:
+    return create_accelerator(recipe)
+
+
+def weights(run_dir: str) -> dict[str, torch.Tensor]:
+    return load_student(Path(run_dir) / "student.safetensors").state_dict()
+
+
+def metrics(run_dir: str | Path) -> list[dict]:
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def plain_training(recipe: Recipe) -> StudentEncoder:
+    """The same training as a bare PyTorch loop, written from the recipe's words."""
+    cache = EmbeddingsCache(Path(recipe.cache.dir))
+    rows, _ = cache.split(recipe.data.val_images)
+    torch.manual_seed(recipe.seed)
+    student = create_student(
+        recipe.student.name, image_size=recipe.image_size, embed_dim=64, **recipe.student.overrides
+    )
+    matrices = [p for p in student.parameters() if p.ndim > 1]
+    vectors = [p for p in student.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.train.lr)
+    size, per_epoch = recipe.train.batch_size, len(rows) // recipe.train.batch_size
+    total = per_epoch * recipe.train.epochs
+    warmup = min(recipe.train.warmup_steps, total // 10)
+    step = 0
+    for epoch in range(recipe.train.epochs):
+        order = np.random.default_rng([recipe.seed, epoch]).permutation(rows)
+        for start in range(0, per_epoch * size, size):
+            batch = [cache[int(index)] for index in order[start : start + size]]
+            pixels = torch.stack([pad_pixels(row.pixels(), recipe.image_size) for row in batch])
+            images = to_encoder_input(pixels, torch.tensor([row.input_size for row in batch]))
+            target = torch.stack([torch.from_numpy(row.embedding).float() for row in batch])
+            cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.train.lr * ((step + 1) / (warmup + 1) if step < warmup else cosine)
+            optimizer.zero_grad()
+            ((student(images) - target) ** 2).mean().backward()
+            torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.train.clip_norm)
+            optimizer.step()
+            step += 1
+    return student.eval()
+
+
+def test_equals_a_plain_pytorch_loop(recipe: Recipe, accelerator: Accelerator) -> None:
+    train(recipe, accelerator)
+    expected = plain_training(recipe).state_dict()
+    for name, tensor in weights(recipe.run_dir).items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_learns_the_held_out_embeddings(recipe: Recipe, accelerator: Accelerator) -> None:
+    recipe.train = replace(recipe.train, epochs=30)
+    train(recipe, accelerator)
+    held_out = [line["val_mse"] for line in metrics(recipe.run_dir) if "val_mse" in line]
+    assert len(held_out) == 31
+    assert held_out[-1] < 0.5 * held_out[0]
+    # Better than the best that ignores the image: the mean embedding of the training images.
+    cache = EmbeddingsCache(Path(recipe.cache.dir))
+    rows, val = cache.split(recipe.data.val_images)
+    mean = np.mean([cache[i].embedding.astype(np.float32) for i in rows], axis=0)
+    constant = np.mean([((cache[i].embedding - mean) ** 2).mean() for i in val])
+    assert held_out[-1] < 0.9 * constant
+
+
+def test_metrics_say_loss_and_rate_at_every_step_asked_for(recipe: Recipe, accelerator: Accelerator) -> None:
+    recipe.train = replace(recipe.train, log_every=2)
+    train(recipe, accelerator)
+    lines = metrics(recipe.run_dir)
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 10]
+    assert [line["step"] for line in lines if "val_mse" in line] == [0, 5, 10]
+    assert all(0 < line["lr"] <= recipe.train.lr for line in lines if "lr" in line)
+    assert list(Path(recipe.run_dir).glob("**/events.out.tfevents*"))
+
+
+def test_the_student_carries_its_recipe(recipe: Recipe, accelerator: Accelerator, tmp_path: Path) -> None:
+    train(recipe, accelerator)
+    metadata = read_metadata(Path(recipe.run_dir) / "student.safetensors")
+    (tmp_path / "again.yaml").write_text(metadata["recipe"])
+    assert load_recipe([f"recipe={tmp_path / 'again.yaml'}"]) == recipe
+    assert metadata["steps"] == "10"
+    assert len(metadata["teacher_sha256"]) == 64
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(("checkpoint_every", "killed_at"), [(3, 8), (5, 6), (4, 3)])
+def test_a_run_that_was_interrupted_ends_with_the_same_weights(
+    checkpoint_every: int,
+    killed_at: int,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe.train = replace(recipe.train, checkpoint_every=checkpoint_every, log_every=1)
+    train(recipe, accelerator)
+    undisturbed, lines = weights(recipe.run_dir), metrics(recipe.run_dir)
+
+    recipe.run_dir = str(tmp_path / "interrupted")
+    accelerator = create_accelerator(recipe)
+    losses = []
+    original = module.mean_over_processes
+
+    def killing(batch: list, accelerator: Accelerator, step: int) -> float:
+        losses.append(step)
+        if step == killed_at and len(losses) == killed_at:
+            raise Killed
+        return original(batch, accelerator, step)
+
+    monkeypatch.setattr(module, "mean_over_processes", killing)
+    with pytest.raises(Killed):
+        train(recipe, accelerator)
+    assert not (Path(recipe.run_dir) / "student.safetensors").exists()
+    train(recipe, create_accelerator(recipe))
+    assert losses[killed_at] == killed_at // checkpoint_every * checkpoint_every + 1
+    for name, tensor in weights(recipe.run_dir).items():
+        assert torch.equal(tensor, undisturbed[name]), name
+    assert metrics(recipe.run_dir) == lines
+
+
+def test_a_finished_student_is_left_alone(recipe: Recipe, accelerator: Accelerator) -> None:
+    train(recipe, accelerator)
+    path = Path(recipe.run_dir) / "student.safetensors"
+    before = path.stat().st_mtime_ns
+    train(recipe, accelerator)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_accumulation_averages_the_batch(recipe: Recipe) -> None:
+    """Two halves accumulated are one step on the whole, but for batch statistics: so compare a step's plan."""
+    plan = Plan.of(replace(recipe, train=replace(recipe.train, batch_size=8, accumulate=4)), 20, 2)
+    assert (plan.micro_batch, plan.steps_per_epoch, plan.steps) == (1, 2, 4)
+
+
+def test_plan_refuses_what_cannot_be(recipe: Recipe) -> None:
+    with pytest.raises(InputError, match="batch_size=4 does not divide among 3 processes"):
+        Plan.of(recipe, 20, 3)
+    with pytest.raises(InputError, match="batch_size=4 is more than the 3 training images"):
+        Plan.of(recipe, 3, 1)
+
+
+def test_rate_warms_up_and_falls_to_zero() -> None:
+    plan = Plan(micro_batch=1, steps_per_epoch=10, steps=100, warmup=10, peak_lr=1.0)
+    rates = [plan.lr(step) for step in range(100)]
+    assert rates[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11])
+    assert max(rates) == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[-1] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_order_is_a_function_of_seed_and_epoch() -> None:
+    sampler = EpochSampler(list(range(10, 30)), 16, seed=3)
+    first = list(sampler)
+    assert list(sampler) == first
+    assert len(set(first)) == len(sampler) == 16
+    sampler.epoch = 1
+    assert list(sampler) != first
+    assert list(EpochSampler(list(range(10, 30)), 16, seed=4)) != first
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    recipe: Recipe, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe.train = replace(recipe.train, log_every=1)
+    monkeypatch.setattr(module, "weighted_loss", lambda _: lambda s, t: F.mse_loss(s, t) * math.nan)
+    with pytest.raises(InputError, match="the training loss is nan at step 1"):
+        train(recipe, accelerator)
+
+
+def test_another_recipes_cache_is_refused(recipe: Recipe, accelerator: Accelerator) -> None:
+    recipe.image_size = 256
+    recipe.teacher.name = "vit_b"
+    with pytest.raises(InputError, match=r"teacher\.name: 'toy', not 'vit_b'; image_size: 128, not 256"):
+        train(recipe, accelerator)
+
+
+def test_a_run_directory_is_not_reused_for_another_recipe(recipe: Recipe, accelerator: Accelerator) -> None:
+    claim_run_dir(recipe)
+    train(recipe, accelerator)
+    claim_run_dir(replace(recipe, evaluate=replace(recipe.evaluate, grid=2)))
+    with pytest.raises(InputError, match=r"holds a run of another recipe: train\.epochs: 2, now 9\. Choose another"):
+        claim_run_dir(replace(recipe, train=replace(recipe.train, epochs=9)))
+
+
+def test_losses_against_their_formulas() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, 8, 4, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    assert weighted_loss({"mse": 2.0})(a, b).item() == pytest.approx(2 * ((a - b).numpy() ** 2).mean())
+    mse, cosine = embedding_errors(a, b)
+    x, y = a.numpy(), b.numpy()
+    cells = (x * y).sum(1) / np.sqrt((x**2).sum(1) * (y**2).sum(1))
+    np.testing.assert_allclose(mse, ((x - y) ** 2).mean((1, 2, 3)))
+    np.testing.assert_allclose(cosine, cells.mean((1, 2)))
