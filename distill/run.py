@@ -25,8 +25,9 @@ def claim_run_dir(recipe: Recipe) -> None:
         differing = differences(recipe, saved.read_text(encoding="utf-8"))
         if differing:
             raise InputError(f"{run_dir} holds a run of another recipe: {'; '.join(differing)}. Choose another run_dir")
-    with whole_file(saved) as temporary:
-        temporary.write_text(to_yaml(recipe), encoding="utf-8")
+    if not saved.exists() or saved.read_text(encoding="utf-8") != to_yaml(recipe):
+        with whole_file(saved) as temporary:
+            temporary.write_text(to_yaml(recipe), encoding="utf-8")
 
 
 def trained_student(recipe: Recipe) -> Path:

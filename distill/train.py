@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
         metrics.write(0, 0, validate(student, val_loader, accelerator))
     progress = progress_bar(accelerator, "train", "steps", total=plan.steps, initial=step)
     losses: list[torch.Tensor] = []
+    since = time.perf_counter()
 
     for epoch in range(step // plan.steps_per_epoch, recipe.train.epochs):
         sampler.epoch = epoch
@@ -88,9 +90,10 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
             progress.update()
             if step % recipe.train.log_every == 0 or step == plan.steps:
                 mean = mean_over_processes(losses, accelerator, step)
-                metrics.write(step, epoch, {"loss": mean, "lr": plan.lr(step - 1)})
+                rate = len(losses) * plan.micro_batch * accelerator.num_processes / (time.perf_counter() - since)
+                metrics.write(step, epoch, {"loss": mean, "lr": plan.lr(step - 1), "images_per_second": rate})
                 progress.set_postfix(loss=f"{mean:.4f}")
-                losses.clear()
+                losses, since = [], time.perf_counter()
             if step % plan.steps_per_epoch == 0:
                 metrics.write(step, epoch, validate(student, val_loader, accelerator))
                 student.train()
@@ -209,7 +212,7 @@ def validate(student: nn.Module, loader: DataLoader, accelerator: Accelerator) -
     for pixels, input_size, target in loader:
         batch = embedding_errors(student(to_encoder_input(pixels, input_size)).float(), target.float())
         errors.append(accelerator.gather_for_metrics(torch.stack(batch, dim=1)))
-    mse, cosine = torch.cat(errors).double().mean(dim=0).tolist()
+    mse, cosine = torch.cat(errors).cpu().double().mean(dim=0).tolist()
     return {"val_mse": mse, "val_cosine": cosine}
 
 

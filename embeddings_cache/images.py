@@ -250,7 +250,6 @@ def _count_in_tar(share: Share, wanted: Callable[[str], bool]) -> int:
 
 
 def _expand_local(path: str) -> list[str]:
-    path = path.removeprefix("file:")
     if glob.has_magic(path) and not os.path.exists(path):
         matches = sorted(glob.glob(path, recursive=True))
         if not matches:
