@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from importlib.resources import files
@@ -14,14 +15,14 @@ from distill.evaluate.masks import evaluate_masks
 from distill.export.stage import export
 from distill.recipe import STAGES, Recipe, describe_keys, list_recipes, load_recipe
 from distill.report import report
-from distill.run import chosen_student, claim_run_dir, open_cache
-from distill.train import train
+from distill.run import chosen_student, claim_run_dir, open_cache, refuse_other_settings, trained_student
+from distill.train import check_batch, train
 from embeddings_cache.format import read_info
-from embeddings_cache.images import expand_sources, pick_sources
 from embeddings_cache.precompute import cache_identity, precompute
 from embeddings_cache.scenes import scene_count, write_scene_tars
+from embeddings_cache.sources import expand_sources, pick_sources
 from embeddings_cache.teacher import check_teacher, load_teacher
-from students import InputError
+from students import InputError, StudentConfig, build_encoder
 
 USAGE = """\
 accelerate launch distill.py recipe=NAME [stage=STAGE] [key=value ...]
@@ -31,7 +32,11 @@ the same command goes on after any interruption. `python distill.py` does the sa
 
 REAL_RUN = """\
 These were generated scenes and a teacher that knows nothing; a real run takes photographs and a SAM checkpoint: \
-accelerate launch distill.py recipe=repvit_m2_3 data.images='TARS OR FOLDER' teacher.checkpoint=sam_vit_h_4b8939.pth"""
+accelerate launch distill.py recipe=repvit_m2_3 teacher.checkpoint=sam_vit_h_4b8939.pth \
+data.images='TARS OR FOLDER' data.fraction=1.0"""
+
+OTHERS_WAIT = 5.0
+"""Seconds that a process other than the main one waits before it reports what stopped it."""
 
 
 def main(arguments: list[str]) -> int:
@@ -39,11 +44,14 @@ def main(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(help_text())
         return 0
+    rank = int(os.environ.get("RANK", "0"))
     try:
         run(load_recipe(arguments))
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"distill.py: {error}", file=sys.stderr)
+        if rank:
+            # What stops every process is said once: the main process says it and the launcher ends the others.
+            time.sleep(OTHERS_WAIT)
+        print(f"distill.py: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("distill.py: interrupted; the same command goes on from here", file=sys.stderr)
@@ -81,7 +89,7 @@ def run(recipe: Recipe) -> None:
 
 def create_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate as the stages expect it: devices and processes are the launcher's, the rest is the recipe's."""
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=recipe.train.mixed_precision,
         gradient_accumulation_steps=recipe.train.accumulate,
         log_with="tensorboard",
@@ -89,6 +97,9 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
         # One process may wait for another's share of the teacher pass for hours; the default gives up after minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
+    if recipe.train.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("train.mixed_precision=fp16 needs a GPU; on a CPU take bf16 or no")
+    return accelerator
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -140,18 +151,25 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
     """Refuse what is known to fail, before anything is written.
 
     Raises:
-        InputError: teacher or images are missing, or the result of an earlier stage that is not run now.
+        InputError: something that a stage needs is missing, or does not fit.
     """
     if {"precompute", "evaluate", "report"} & set(stages):
         check_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
-    if "precompute" in stages and not scene_count(recipe.data.images):
-        info = read_info(Path(recipe.cache.dir))
-        if info is None or not info.complete:
-            pick_sources(expand_sources(recipe.data.images), recipe.data.fraction)
-    if "precompute" not in stages and "train" in stages:
-        open_cache(recipe)
-    if "train" not in stages and {"evaluate", "export", "report"} & set(stages):
-        chosen_student(recipe)
+    info = read_info(Path(recipe.cache.dir))
+    if info is not None and {"precompute", "train"} & set(stages):
+        refuse_other_settings(recipe, info.identity)
+    if "precompute" in stages and not scene_count(recipe.data.images) and (info is None or not info.complete):
+        pick_sources(expand_sources(recipe.data.images), recipe.data.fraction)
+    if "train" in stages and not trained_student(recipe).exists():
+        check_batch(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+        build_encoder(StudentConfig(recipe.student.name, recipe.image_size, overrides=dict(recipe.student.overrides)))
+        if "precompute" not in stages:
+            open_cache(recipe)
+    if {"evaluate", "export", "report"} & set(stages):
+        if recipe.checkpoint is not None or "train" not in stages:
+            chosen_student(recipe)
+        if recipe.evaluate.data is not None and "evaluate" in stages:
+            pick_sources(expand_sources(recipe.evaluate.data), 1.0)
 
 
 def help_text() -> str:

@@ -6,8 +6,8 @@ A mistake is one `InputError` that names it, where it came from, and the nearest
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from embeddings_cache.format import DTYPES
+from embeddings_cache.scenes import scene_count
 from embeddings_cache.teacher import TEACHERS
 from students import InputError, first_line, list_students
 
@@ -57,7 +58,7 @@ class CacheRecipe:
 
 @dataclass
 class TrainRecipe:
-    epochs: int = 8  # passes over the training images
+    epochs: int = 8  # passes over the training images; 0 leaves the student untrained, to compare with
     batch_size: int = 8  # images an optimizer step, over all processes and accumulation steps
     accumulate: int = 1  # forward passes an optimizer step: more of them need less memory
     lr: float = 1e-3  # peak learning rate (AdamW)
@@ -74,7 +75,7 @@ class TrainRecipe:
 @dataclass
 class EvaluateRecipe:
     task: str = "masks"  # what to measure
-    data: Any = None  # other images to evaluate on, as data.images; default: the held-out images of the cache
+    data: Any = None  # other images to evaluate on, tars or folders; default: the held-out images of the cache
     masks_per_image: int = 64  # prompts an image at most, the first of its annotation
     grid: int = 8  # images without annotations are prompted with grid x grid points
 
@@ -103,28 +104,30 @@ class Recipe:
 
 STAGES = ("precompute", "train", "evaluate", "export", "report")
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "stage": ("all", *STAGES),
-    "student.name": tuple(list_students()),
-    "student.downsample": ("stride1",),
-    "teacher.name": TEACHERS,
-    "cache.dtype": DTYPES,
-    "train.mixed_precision": ("no", "bf16", "fp16"),
-    "evaluate.task": ("masks",),
+CHOICES: dict[str, Callable[[], Sequence[str]]] = {
+    "stage": lambda: ("all", *STAGES),
+    "student.name": list_students,
+    "student.downsample": lambda: ("stride1",),
+    "teacher.name": lambda: TEACHERS,
+    "cache.dtype": lambda: DTYPES,
+    "train.mixed_precision": lambda: ("no", "bf16", "fp16"),
+    "evaluate.task": lambda: ("masks",),
 }
 CHOICES_OF_EACH: dict[str, tuple[str, ...]] = {"export.formats": ("onnx",), "train.loss": ("mse",)}
 
 AT_LEAST_ONE = (
-    "teacher.batch_size", "data.val_images", "cache.images_per_shard", "train.epochs", "train.batch_size",
+    "teacher.batch_size", "data.val_images", "cache.images_per_shard", "train.batch_size",
     "train.accumulate", "train.checkpoint_every", "train.log_every", "evaluate.masks_per_image", "evaluate.grid",
 )  # fmt: skip
-NOT_NEGATIVE = ("seed", "data.max_skipped", "train.weight_decay", "train.warmup_steps", "train.workers")
+NOT_NEGATIVE = ("seed", "train.epochs", "data.max_skipped", "train.weight_decay", "train.warmup_steps", "train.workers")
 POSITIVE = ("data.fraction", "train.lr", "train.clip_norm")
+
+IMAGES = ("data.images", "evaluate.data")
 
 SHAPES_THE_STUDENT = (
     "seed", "image_size", "student", "teacher.name", "data.images", "data.fraction", "data.val_images", "cache.dtype",
-    "cache.jpeg_quality", "train.epochs", "train.batch_size", "train.lr", "train.weight_decay", "train.warmup_steps",
-    "train.clip_norm", "train.loss", "train.mixed_precision",
+    "cache.jpeg_quality", "train.epochs", "train.batch_size", "train.accumulate", "train.lr", "train.weight_decay",
+    "train.warmup_steps", "train.clip_norm", "train.loss", "train.mixed_precision",
 )  # fmt: skip
 """Keys (or sections) that decide what comes out of training; the rest says where, how fast, or what comes after."""
 
@@ -184,13 +187,17 @@ def find_recipe(name: str) -> Path:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `recipe=PATH` takes."""
-    return OmegaConf.to_yaml(OmegaConf.structured(recipe), resolve=True)
+    """The resolved recipe, for all stages, as YAML that `recipe=PATH` takes."""
+    return OmegaConf.to_yaml(OmegaConf.structured(replace(recipe, stage="all")), resolve=True)
 
 
-def differences(recipe: Recipe, earlier_yaml: str) -> list[str]:
-    """`key: earlier value, now value` for every key that shapes the student and differs from an earlier recipe."""
-    earlier = OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(earlier_yaml))
+def differences(recipe: Recipe, saved: Path) -> list[str]:
+    """`key: earlier value, now value` for every key that shapes the student and differs from a saved recipe.
+
+    Raises:
+        InputError: the saved recipe is damaged, or of a version with other keys.
+    """
+    earlier = _merge(OmegaConf.structured(Recipe), _read_yaml(saved), str(saved))
     now = OmegaConf.structured(recipe)
     pairs = ((key, OmegaConf.select(earlier, key), OmegaConf.select(now, key)) for key in SHAPES_THE_STUDENT)
     return [f"{key}: {then}, now {value}" for key, then, value in pairs if then != value]
@@ -224,7 +231,7 @@ def _describe(schema: type, prefix: str) -> Iterator[tuple[str, str, str]]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -232,15 +239,40 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which only true and false are booleans, so that `mixed_precision: no` and a date stay text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), list("tf"))
+
+
 def _parse(key: str, value: str) -> Any:
-    """A command line value. Patterns and paths stay as they are typed; YAML would take some for mappings."""
-    if key in ("data.images", "evaluate.data") and not value.startswith("["):
-        return value or None
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+    """A command line value; where text is expected it stays as it is typed, for YAML would change some of it."""
+    kinds = _kinds(Recipe, "")
+    if value == "null" or (key in IMAGES and not value):
+        return None
+    if kinds.get(key) in (str, str | None) or (key in IMAGES and not value.startswith("[")):
         return value
-    return parsed if isinstance(parsed, bool | int | float | list | dict | None) else value
+    try:
+        return yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"command line: {key}={value} is not valid YAML: {first_line(error)}") from error
+
+
+def _kinds(schema: type, prefix: str) -> dict[str, Any]:
+    """The type of every key."""
+    kinds: dict[str, Any] = {}
+    for entry in fields(schema):
+        kind = entry.type
+        if isinstance(kind, type) and is_dataclass(kind):
+            kinds |= _kinds(kind, f"{prefix}{entry.name}.")
+        else:
+            kinds[f"{prefix}{entry.name}"] = kind
+    return kinds
 
 
 def _nested(values: dict[str, Any]) -> dict[str, Any]:
@@ -290,12 +322,12 @@ def _check(recipe: Recipe, origin: Callable[[str], str]) -> None:
         raise InputError(f"{origin(key)}: {key}={value}{expected}")
 
     for key, choices in CHOICES.items():
-        if (value := OmegaConf.select(config, key)) not in choices:
-            refuse(key, value, " is not known" + nearest(value, choices))
-    for key, choices in CHOICES_OF_EACH.items():
+        if (value := OmegaConf.select(config, key)) not in choices():
+            refuse(key, value, " is not known" + nearest(value, choices()))
+    for key, known in CHOICES_OF_EACH.items():
         for value in OmegaConf.select(config, key):
-            if value not in choices:
-                refuse(key, value, " is not known" + nearest(value, choices))
+            if value not in known:
+                refuse(key, value, " is not known" + nearest(value, known))
     for keys, holds, expected in (
         (AT_LEAST_ONE, lambda v: v >= 1, " is less than 1"),
         (NOT_NEGATIVE, lambda v: v >= 0, " is negative"),
@@ -312,7 +344,16 @@ def _check(recipe: Recipe, origin: Callable[[str], str]) -> None:
     if batch % accumulate:
         refuse("train.batch_size", batch, f" does not divide by train.accumulate={accumulate}")
     quality = recipe.cache.jpeg_quality
-    if quality != "png" and not (isinstance(quality, int) and 1 <= quality <= 100):
+    if quality != "png" and (type(quality) is not int or not 1 <= quality <= 100):
         refuse("cache.jpeg_quality", quality, " is neither 1-100 nor png")
+    weights = recipe.train.loss
+    if min(weights.values(), default=0) < 0 or not any(weights.values()):
+        refuse("train.loss", weights, ": weights are not negative, and one is more than 0")
     if not recipe.data.images:
         refuse("data.images", recipe.data.images, ": say which tars or folder to use")
+    for key, images in zip(IMAGES, (recipe.data.images, recipe.evaluate.data), strict=True):
+        listed = images if isinstance(images, list) else [images or ""]
+        if not all(isinstance(source, str) for source in listed):
+            refuse(key, images, " is neither text nor a list of texts")
+    if scene_count(recipe.evaluate.data):
+        refuse("evaluate.data", recipe.evaluate.data, ": scenes are made for data.images only")

@@ -1,6 +1,5 @@
 """Report: what a run came to, as JSON and as two pictures."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,16 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from PIL import Image
 
-from distill.evaluate.masks import embed_both, evaluation_rows, load_sams, make_prompts, predict_masks
+from distill.evaluate.masks import (
+    embed_both,
+    evaluation_inputs,
+    evaluation_rows,
+    load_sams,
+    make_prompts,
+    predict_masks,
+)
 from distill.recipe import Recipe
-from distill.run import is_current
+from distill.run import as_stored, is_current, read_metrics
 from embeddings_cache.codec import CacheRow
 from embeddings_cache.files import read_json, sha256, whole_file, write_json
 from embeddings_cache.format import software_versions
@@ -26,19 +32,19 @@ def report(recipe: Recipe, accelerator: Accelerator) -> None:
     """Write `report/`: `report.json`, `loss.png` and `masks.png`.
 
     Raises:
-        InputError: the run has not been evaluated.
+        InputError: there is no evaluation of this student with these settings.
     """
     run_dir = Path(recipe.run_dir)
-    evaluation, metrics = run_dir / "evaluation.json", run_dir / "metrics.jsonl"
-    manifest = run_dir / "export" / "manifest.json"
-    if not evaluation.exists():
-        raise InputError(f"no {evaluation}: run stage=evaluate first")
-    sources = [path for path in (evaluation, metrics, manifest) if path.exists()]
+    evaluation, manifest = run_dir / "evaluation.json", run_dir / "export" / "manifest.json"
+    if not evaluation.exists() or read_json(evaluation)["made_from"] != as_stored(evaluation_inputs(recipe)):
+        raise InputError(f"{evaluation} is missing, or of another student or setting: run stage=evaluate first")
+    sources = [path for path in (evaluation, run_dir / "metrics.jsonl", manifest) if path.exists()]
     inputs = {path.name: sha256(path) for path in sources}
     result = run_dir / "report" / "report.json"
     if not is_current(result, inputs, accelerator) and accelerator.is_main_process:
         scores = read_json(evaluation)
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+        # Another student, or other images, have not the curves of this run's training.
+        lines = read_metrics(run_dir) if recipe.checkpoint is None and recipe.evaluate.data is None else []
         pictures = {"masks.png": draw_masks(recipe, scores["student_teacher_miou_by_image"], accelerator.device)}
         if lines:
             pictures["loss.png"] = draw_curves(lines)
@@ -50,9 +56,9 @@ def report(recipe: Recipe, accelerator: Accelerator) -> None:
             {
                 "recipe": recipe.name,
                 "teacher": recipe.teacher.name,
-                "student": recipe.student.name,
-                "data": recipe.data.images,
-                "embedding": {"held_out_mse_by_step": [[m["step"], m["val_mse"]] for m in lines if "val_mse" in m]},
+                "student": scores["student"],
+                "data": recipe.evaluate.data or recipe.data.images,
+                "held_out_mse_by_step": [[line["step"], line["val_mse"]] for line in lines if "val_mse" in line],
                 "evaluation": {name: scores[name] for name in ("images", "embedding", "miou")},
                 "export": read_json(manifest)["files"] if manifest.exists() else {},
                 "software": software_versions(),
@@ -67,8 +73,8 @@ def report(recipe: Recipe, accelerator: Accelerator) -> None:
 def summary(recipe: Recipe, content: dict[str, Any]) -> str:
     """The report in a few lines for the terminal."""
     evaluation = content["evaluation"]
-    lines = [f"{recipe.student.name} after {recipe.teacher.name}, {evaluation['images']} held-out images"]
-    held_out = content["embedding"]["held_out_mse_by_step"]
+    lines = [f"{content['student']} after {content['teacher']}, {evaluation['images']} images"]
+    held_out = content["held_out_mse_by_step"]
     start = f" (untrained {held_out[0][1]:.3f})" if held_out else ""
     lines.append(f"  embedding   mse {evaluation['embedding']['mse']:.4f}{start}")
     for prompt, sizes in evaluation["miou"].items():
@@ -101,7 +107,7 @@ def draw_masks(recipe: Recipe, by_image: dict[str, float], device: torch.device)
     ranked = sorted(by_image, key=lambda key: -by_image[key])
     shown = dict.fromkeys([ranked[0], ranked[len(ranked) // 2], ranked[-1]])
     teacher, student_sam = load_sams(recipe, device)
-    rows = {row.key: row for row in evaluation_rows(recipe, teacher) if row.key in shown}
+    rows = {row.key: row for row in evaluation_rows(recipe, teacher, wanted=shown.__contains__)}
 
     figure = Figure(figsize=(12, 3.2 * len(shown)))
     for line, key in enumerate(shown):

@@ -1,20 +1,23 @@
 """A run's directory: whose it is, what lies where, and whether what lies there is still current."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from distill.recipe import Recipe, differences, to_yaml
-from embeddings_cache.files import read_json, sha256, whole_file
+from embeddings_cache.files import read_json, whole_file, write_json
+from embeddings_cache.format import CacheIdentity, identity_of, images_name
 from embeddings_cache.precompute import refuse_other_cache
+from embeddings_cache.preprocess import fingerprint
 from embeddings_cache.reader import EmbeddingsCache
 from students import InputError
 
 
 def claim_run_dir(recipe: Recipe) -> None:
-    """Make the run directory and put the resolved recipe there.
+    """Make the run directory and put the resolved recipe there, unless it has the recipe of its student already.
 
     Raises:
         InputError: it holds a student, finished or not, of a recipe that trains another one.
@@ -22,12 +25,28 @@ def claim_run_dir(recipe: Recipe) -> None:
     run_dir = Path(recipe.run_dir)
     saved = run_dir / "recipe.yaml"
     if saved.exists() and (trained_student(recipe).exists() or (run_dir / "checkpoints").exists()):
-        differing = differences(recipe, saved.read_text(encoding="utf-8"))
-        if differing:
+        if differing := differences(recipe, saved):
             raise InputError(f"{run_dir} holds a run of another recipe: {'; '.join(differing)}. Choose another run_dir")
-    if not saved.exists() or saved.read_text(encoding="utf-8") != to_yaml(recipe):
-        with whole_file(saved) as temporary:
-            temporary.write_text(to_yaml(recipe), encoding="utf-8")
+        return
+    with whole_file(saved) as temporary:
+        temporary.write_text(to_yaml(recipe), encoding="utf-8")
+
+
+def bind_cache(recipe: Recipe, identity: CacheIdentity) -> None:
+    """Note beside the student which cache it learns from, `cache.json`.
+
+    Raises:
+        InputError: it has learnt from another one, say from another teacher's weights.
+    """
+    note = Path(recipe.run_dir) / "cache.json"
+    if note.exists() and (trained_student(recipe).exists() or (note.parent / "checkpoints").exists()):
+        differing = identity_of(read_json(note)).differences(identity)
+        if differing:
+            raise InputError(
+                f"{recipe.run_dir} learnt from another cache: {'; '.join(differing)}. Choose another run_dir"
+            )
+        return
+    write_json(note, asdict(identity))
 
 
 def trained_student(recipe: Recipe) -> Path:
@@ -55,22 +74,35 @@ def open_cache(recipe: Recipe) -> EmbeddingsCache:
         InputError: there is no finished one, or it was made with other settings.
     """
     cache = EmbeddingsCache(Path(recipe.cache.dir))
+    refuse_other_settings(recipe, cache.info.identity)
+    return cache
+
+
+def refuse_other_settings(recipe: Recipe, identity: CacheIdentity) -> None:
+    """Raise `InputError`, naming what differs, unless a cache was made with the recipe's settings."""
     expected = replace(
-        cache.info.identity,
+        identity,
         teacher_name=recipe.teacher.name,
         image_size=recipe.image_size,
         dtype=recipe.cache.dtype,
         jpeg_quality=recipe.cache.jpeg_quality,
-        data_images=recipe.data.images,
+        preprocess=fingerprint(),
+        data_images=images_name(recipe.data.images),
         data_fraction=recipe.data.fraction,
     )
-    refuse_other_cache(Path(recipe.cache.dir), cache.info.identity, expected)
-    return cache
+    refuse_other_cache(Path(recipe.cache.dir), identity, expected)
 
 
-def made_from(recipe: Recipe, *sections: Any) -> dict[str, Any]:
-    """What a result depends on, to be stored in it: the student's weights and the settings given."""
-    return {"student_sha256": sha256(chosen_student(recipe)), "settings": list(sections)}
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`; none where there is no such file. A last line that a crash cut off is left out."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+def as_stored(value: Any) -> Any:
+    """A value as it comes back from JSON: tuples are lists."""
+    return json.loads(json.dumps(value))
 
 
 def is_current(result: Path, inputs: dict[str, Any], accelerator: Accelerator) -> bool:
@@ -78,7 +110,7 @@ def is_current(result: Path, inputs: dict[str, Any], accelerator: Accelerator) -
 
     All processes get the same answer: none goes on to write before the last has looked.
     """
-    current = result.exists() and (content := read_json(result)).get("made_from") == inputs
+    current = result.exists() and (content := read_json(result)).get("made_from") == as_stored(inputs)
     current = current and all((result.parent / name).exists() for name in content.get("files", ()))
     accelerator.wait_for_everyone()
     if current:

@@ -18,12 +18,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from distill.losses import embedding_errors, weighted_loss
 from distill.recipe import Recipe, to_yaml
-from distill.run import open_cache, trained_student
+from distill.run import bind_cache, open_cache, read_metrics, trained_student
 from embeddings_cache.files import TEMPORARY, publish, whole_file
+from embeddings_cache.format import read_info
 from embeddings_cache.preprocess import pad_pixels, to_encoder_input
 from embeddings_cache.progress import progress_bar
 from embeddings_cache.reader import EmbeddingsCache
-from students import InputError, create_student, save_student
+from students import InputError, StudentConfig, build_encoder, save_student
 
 CHECKPOINTS_KEPT = 2
 
@@ -34,24 +35,25 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
     """Train the recipe's student, or go on from the latest checkpoint; writes `student.safetensors` at the end.
 
     Raises:
-        InputError: no finished cache, one of another recipe, or fewer images than a batch takes.
+        InputError: no finished cache, one of another recipe or teacher, or fewer images than a batch takes.
     """
     run_dir = Path(recipe.run_dir)
-    if trained_student(recipe).exists():
+    if trained_student(recipe).exists() and read_info(Path(recipe.cache.dir)) is None:
         accelerator.print(f"train: {trained_student(recipe)} is there already")
         return
     cache = open_cache(recipe)
+    if accelerator.is_main_process:
+        bind_cache(recipe, cache.info.identity)
+    accelerator.wait_for_everyone()
+    if trained_student(recipe).exists():
+        accelerator.print(f"train: {trained_student(recipe)} is there already")
+        return
     train_rows, val_rows = cache.split(recipe.data.val_images)
     plan = Plan.of(recipe, len(train_rows), accelerator.num_processes)
     set_seed(recipe.seed)
+    prefer_determinism(accelerator)
 
-    student: nn.Module = create_student(
-        recipe.student.name,
-        image_size=recipe.image_size,
-        embed_dim=cache.info.identity.embedding_shape[0],
-        pretrained=recipe.student.pretrained,
-        **recipe.student.overrides,
-    )
+    student: nn.Module = build_encoder(student_config(recipe, cache), recipe.student.pretrained)
     loss_of = weighted_loss(recipe.train.loss)
     optimizer = torch.optim.AdamW(parameter_groups(student, recipe.train.weight_decay), lr=recipe.train.lr)
     images = CachedImages(cache)
@@ -62,7 +64,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
     student, optimizer, loader, val_loader = accelerator.prepare(student, optimizer, loader, val_loader)
 
     step = restore_latest(run_dir / "checkpoints", accelerator)
-    metrics = Metrics(run_dir / "metrics.jsonl", accelerator, step)
+    metrics = Metrics(run_dir, accelerator, step)
     if step == 0:
         metrics.write(0, 0, validate(student, val_loader, accelerator))
     progress = progress_bar(accelerator, "train", "steps", total=plan.steps, initial=step)
@@ -97,8 +99,10 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
             if step % plan.steps_per_epoch == 0:
                 metrics.write(step, epoch, validate(student, val_loader, accelerator))
                 student.train()
+                since = time.perf_counter()
             if step % recipe.train.checkpoint_every == 0 and step < plan.steps:
                 save_checkpoint(run_dir / "checkpoints", step, accelerator)
+                since = time.perf_counter()
 
     progress.close()
     accelerator.wait_for_everyone()
@@ -124,10 +128,7 @@ class Plan:
     def of(cls, recipe: Recipe, images: int, processes: int) -> "Plan":
         """Raises `InputError` where a batch does not divide or the data cannot fill one."""
         batch, accumulate = recipe.train.batch_size, recipe.train.accumulate
-        if batch % (processes * accumulate):
-            raise InputError(
-                f"train.batch_size={batch} does not divide among {processes} processes × train.accumulate={accumulate}"
-            )
+        check_batch(recipe, processes)
         if images < batch:
             raise InputError(f"train.batch_size={batch} is more than the {images} training images in the cache")
         steps = images // batch * recipe.train.epochs
@@ -140,6 +141,15 @@ class Plan:
             return self.peak_lr * (step + 1) / (self.warmup + 1)
         part = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.peak_lr * 0.5 * (1 + math.cos(math.pi * part))
+
+
+def check_batch(recipe: Recipe, processes: int) -> None:
+    """Raise `InputError` unless the batch divides among the processes and their forward passes."""
+    batch, accumulate = recipe.train.batch_size, recipe.train.accumulate
+    if batch % (processes * accumulate):
+        raise InputError(
+            f"train.batch_size={batch} does not divide among {processes} processes × train.accumulate={accumulate}"
+        )
 
 
 class CachedImages(Dataset[Batch]):
@@ -171,15 +181,15 @@ class EpochSampler(Sampler[int]):
 
 
 class Metrics:
-    """`metrics.jsonl` and TensorBoard, from the main process; lines past the step that is resumed from are dropped."""
+    """`metrics.jsonl` and TensorBoard, from the main process. A resumed run goes on behind the step it resumes from."""
 
-    def __init__(self, path: Path, accelerator: Accelerator, resumed_step: int) -> None:
-        self.path, self.accelerator = path, accelerator
+    def __init__(self, run_dir: Path, accelerator: Accelerator, resumed_step: int) -> None:
+        self.path, self.accelerator = run_dir / "metrics.jsonl", accelerator
         accelerator.init_trackers("tensorboard")
         if accelerator.is_main_process:
-            lines = path.read_text().splitlines(keepends=True) if path.exists() and resumed_step else []
-            with whole_file(path) as temporary:
-                temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= resumed_step))
+            kept = [line for line in read_metrics(run_dir) if resumed_step and line["step"] <= resumed_step]
+            with whole_file(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """Append one line."""
@@ -194,7 +204,23 @@ def loader_options(recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
     worker forked off a training process of many GB keeps that memory from being reused."""
     on_cpu = accelerator.device.type == "cpu"
     workers = recipe.train.workers if recipe.train.workers is not None else (0 if on_cpu else 4)
-    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": not on_cpu}
+    # A generator of its own: a loader draws from it for every pass, and on resuming has fewer passes to make.
+    generator = torch.Generator().manual_seed(recipe.seed)
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": not on_cpu}
+    return {**options, "generator": generator}
+
+
+def prefer_determinism(accelerator: Accelerator) -> None:
+    """On a CPU, use algorithms that give the same bits every time; TinyViT's attention biases need it."""
+    torch.use_deterministic_algorithms(accelerator.device.type == "cpu", warn_only=True)
+    # This one costs time, and nothing here reads such memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def student_config(recipe: Recipe, cache: EmbeddingsCache) -> StudentConfig:
+    """The recipe's student, with as many channels as the teacher's embedding has."""
+    channels = cache.info.identity.embedding_shape[0]
+    return StudentConfig(recipe.student.name, recipe.image_size, channels, dict(recipe.student.overrides))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

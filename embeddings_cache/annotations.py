@@ -1,6 +1,7 @@
 """SA-1B's JSON: masks as COCO run-length encodings, and the prompts that are made from them."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,27 +9,41 @@ from pycocotools import mask as coco_mask
 from scipy.ndimage import distance_transform_edt
 
 
-def usable_annotation(text: bytes | str) -> str | None:
-    """The JSON text itself if it lists masks as SA-1B does, None if it says something else.
+def usable_annotation(encoded: bytes, size: tuple[int, int]) -> str | None:
+    """The JSON's text if it lists masks as SA-1B does, None if it says something else.
 
-    WebDataset tars of other origins keep captions and the like in their `.json`; those are photographs without
-    annotations to us.
+    WebDataset tars of other origins keep captions, polygons and the like in their `.json`; those are photographs
+    without annotations to us.
+
+    Args:
+        encoded: the JSON file.
+        size: (height, width) of its image.
 
     Raises:
-        ValueError: not JSON, or not UTF-8.
+        ValueError: not JSON, not UTF-8, or masks of another size than the image's.
     """
-    text = text.decode() if isinstance(text, bytes) else text
+    text = encoded.decode()
     value = json.loads(text)
     entries = value.get("annotations") if isinstance(value, dict) else None
-    if not entries or not all(isinstance(entry, dict) and "segmentation" in entry for entry in entries):
+    if not isinstance(entries, list) or not entries:
         return None
+    masks = [entry.get("segmentation") if isinstance(entry, dict) else None for entry in entries]
+    if not all(isinstance(mask, dict) and {"size", "counts"} <= mask.keys() for mask in masks):
+        return None
+    sizes = [entry["segmentation"]["size"] for entry in entries]
+    if others := [other for other in sizes if other != list(size)]:
+        raise ValueError(f"annotated at {others[0]}, the image has {list(size)} (height, width)")
     return text
 
 
-def decode_masks(annotation: str) -> list[np.ndarray]:
-    """Boolean masks (H, W) of the original image, in the order of the JSON; empty ones left out."""
+def decode_masks(annotation: str) -> Iterator[np.ndarray]:
+    """Boolean masks (H, W) of the original image, in the order of the JSON; empty ones left out.
+
+    Raises:
+        ValueError: a run-length encoding that is none.
+    """
     masks = (decode_rle(entry["segmentation"]) for entry in json.loads(annotation)["annotations"])
-    return [mask for mask in masks if mask.any()]
+    yield from (mask for mask in masks if mask.any())
 
 
 def decode_rle(segmentation: dict[str, Any]) -> np.ndarray:
@@ -50,9 +65,10 @@ def center_point(mask: np.ndarray) -> tuple[float, float]:
 
     SAM's evaluation clicks there first (arXiv:2304.02643, section 7.1 and appendix D.1).
     """
-    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    left, top, right, bottom = (int(side) for side in bounding_box(mask))
+    depth = distance_transform_edt(np.pad(mask[top:bottom, left:right], 1))[1:-1, 1:-1]
     y, x = np.unravel_index(depth.argmax(), depth.shape)
-    return float(x), float(y)
+    return float(left + x), float(top + y)
 
 
 def bounding_box(mask: np.ndarray) -> tuple[float, float, float, float]:

@@ -5,7 +5,10 @@ DIR/shard-RRRRR-NNNNN.h5     writer rank, sequence number; written under a tempo
 DIR/skipped.jsonl            key and reason of every sample that was passed over
 """
 
-from dataclasses import asdict, dataclass
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,7 @@ class CacheIdentity:
     dtype: str
     jpeg_quality: int | str
     preprocess: str
-    data_images: str | list[str]
+    data_images: str
     data_fraction: float
 
     def differences(self, other: "CacheIdentity") -> list[str]:
@@ -74,6 +77,24 @@ class CacheInfo:
         return {"format": FORMAT, "version": VERSION, **asdict(self), "software": software_versions()}
 
 
+def images_name(images: str | list[str]) -> str:
+    """What a recipe's `data.images` is called in a cache: itself, or a digest of a list."""
+    if isinstance(images, str):
+        return images
+    return f"{len(images)} sources, SHA-256 {hashlib.sha256(json.dumps(images).encode()).hexdigest()[:16]}"
+
+
+def identity_of(values: Mapping[str, Any]) -> CacheIdentity:
+    """An identity from `cache.json` or from a shard's attributes.
+
+    Raises:
+        KeyError: a field is missing.
+    """
+    plain = {entry.name: values[entry.name] for entry in fields(CacheIdentity)}
+    plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in plain.items()}
+    return CacheIdentity(**{**plain, "embedding_shape": tuple(plain["embedding_shape"])})
+
+
 def read_info(directory: Path) -> CacheInfo | None:
     """What `cache.json` says; None where there is none.
 
@@ -86,11 +107,13 @@ def read_info(directory: Path) -> CacheInfo | None:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} does not describe an embeddings cache")
-    if content["version"] != VERSION:
-        raise InputError(f"{path} is of version {content['version']}; this code reads version {VERSION}")
-    identity = dict(content["identity"], embedding_shape=tuple(content["identity"]["embedding_shape"]))
-    counts = {name: content[name] for name in ("complete", "images", "skipped", "shards")}
-    return CacheInfo(CacheIdentity(**identity), **counts)
+    if content.get("version") != VERSION:
+        raise InputError(f"{path} is of version {content.get('version')}; this code reads version {VERSION}")
+    try:
+        counts = {name: content[name] for name in ("complete", "images", "skipped", "shards")}
+        return CacheInfo(identity_of(content["identity"]), **counts)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error!r}") from error
 
 
 def software_versions() -> dict[str, str]:

@@ -15,17 +15,19 @@ from segment_anything.modeling import Sam
 
 from embeddings_cache.codec import CacheRow, decode_pixels, encode_pixels
 from embeddings_cache.files import TEMPORARY, sole_user, whole_file, write_json
-from embeddings_cache.format import CacheIdentity, CacheInfo, read_info
-from embeddings_cache.images import Sample, assign_sources, count_images, keep_key, pick_sources, read_images
+from embeddings_cache.format import CacheIdentity, CacheInfo, images_name, read_info
+from embeddings_cache.images import Sample, count_images, read_images
 from embeddings_cache.preprocess import fingerprint, pad_pixels, resize_longest_side
 from embeddings_cache.progress import progress_bar
-from embeddings_cache.reader import keys_in, shard_paths
+from embeddings_cache.reader import is_complete, keys_in, shard_paths
+from embeddings_cache.sources import assign_sources, keep_key, pick_sources
+from embeddings_cache.tars import Skipped
 from embeddings_cache.teacher import encode, weights_sha256
 from embeddings_cache.writer import ShardWriter
 from students import InputError
 
 ENOUGH_TO_JUDGE = 1000
-"""Images after which a running process stops over `max_skipped`; before, chance decides too much."""
+"""Samples after which a running process may stop over `max_skipped`; before, chance decides too much."""
 
 
 def cache_identity(
@@ -49,7 +51,7 @@ def cache_identity(
         dtype=dtype,
         jpeg_quality=jpeg_quality,
         preprocess=fingerprint(),
-        data_images=images,
+        data_images=images_name(images),
         data_fraction=fraction,
     )
 
@@ -86,10 +88,9 @@ def precompute(
     info = read_info(directory)
     if info is not None:
         refuse_other_cache(directory, info.identity, identity)
-        if info.complete:
+        if is_complete(directory, info):
             return info
-    picked, key_fraction = pick_sources(find_sources(), identity.data_fraction)
-    shares = assign_sources(picked, accelerator.process_index, accelerator.num_processes)
+    ranks = accelerator.num_processes
 
     with ExitStack() as held:
         if accelerator.is_main_process:
@@ -99,23 +100,36 @@ def precompute(
             write_json(directory / "cache.json", CacheInfo(identity, complete=False).as_json())
         accelerator.wait_for_everyone()
 
-        done = {key for shard in shard_paths(directory) for key in keys_in(shard)}
+        picked, key_fraction = pick_sources(find_sources(), identity.data_fraction)
+        shares = assign_sources(picked, accelerator.process_index, ranks)
+        done = {key for shard in shard_paths(directory) for key in keys_in(shard, identity)}
         accelerator.wait_for_everyone()  # nobody adds a shard before all have listed them
         skipped: list[tuple[str, str]] = []
+        written = 0
 
-        def wanted(key: str) -> bool:
-            return key not in done and keep_key(key, key_fraction)
+        def chosen(key: str) -> bool:
+            return keep_key(key, key_fraction)
 
-        samples = read_images(shares, wanted, lambda key, reason: skipped.append((key, reason)))
-        total = count_images(shares, wanted) if accelerator.is_main_process else None
-        progress = progress_bar(accelerator, "precompute", "images", total=total)
+        def skip(key: str, reason: str) -> None:
+            skipped.append((key, reason))
+            good = written + len(done) // ranks
+            if len(skipped) + good >= ENOUGH_TO_JUDGE:
+                _refuse_too_many_skipped(skipped, good, max_skipped)
+
+        samples = read_images(shares, lambda key: key not in done and chosen(key), skip)
+        progress = progress_bar(
+            accelerator,
+            "precompute",
+            "images",
+            total=count_images(shares, chosen) if accelerator.is_main_process else None,
+            initial=len(done) // ranks,
+        )
         sam.to(accelerator.device)
         with progress, ShardWriter(directory, identity, accelerator.process_index, images_per_shard) as writer:
-            for row in embedded_rows(sam, samples, identity.jpeg_quality, batch_size, skipped):
+            for row in embedded_rows(sam, samples, identity.jpeg_quality, batch_size, skip):
                 writer.write(row)
+                written += 1
                 progress.update()
-                if progress.n >= ENOUGH_TO_JUDGE:
-                    _refuse_too_many_skipped(skipped, int(progress.n), max_skipped)
             progress.total = progress.n
         accelerator.wait_for_everyone()
         every_skipped = gather_object(skipped)
@@ -132,11 +146,11 @@ def embedded_rows(
     samples: Iterable[Sample],
     jpeg_quality: int | str,
     batch_size: int,
-    skipped: list[tuple[str, str]],
+    skipped: Skipped,
 ) -> Iterator[CacheRow]:
     """Images → rows: resize, encode as the cache keeps it, decode again, and only then show it to the teacher.
 
-    So the teacher sees the very pixels that the student will. What cannot be resized is added to `skipped`.
+    So the teacher sees the very pixels that the student will. What cannot be resized is reported through `skipped`.
     """
     resized = _resized(samples, sam.image_encoder.img_size, skipped)
     while batch := list(islice(resized, batch_size)):
@@ -149,14 +163,12 @@ def embedded_rows(
             yield CacheRow(sample.key, embedding, picture, sample.original_size, size, sample.annotation)
 
 
-def _resized(
-    samples: Iterable[Sample], size: int, skipped: list[tuple[str, str]]
-) -> Iterator[tuple[Sample, np.ndarray]]:
+def _resized(samples: Iterable[Sample], size: int, skipped: Skipped) -> Iterator[tuple[Sample, np.ndarray]]:
     for sample in samples:
         try:
             yield sample, resize_longest_side(sample.image, size)
         except ValueError as error:
-            skipped.append((sample.key, str(error)))
+            skipped(sample.key, str(error))
 
 
 def refuse_other_cache(directory: Path, found: CacheIdentity, expected: CacheIdentity) -> None:
@@ -167,10 +179,12 @@ def refuse_other_cache(directory: Path, found: CacheIdentity, expected: CacheIde
 
 def _finish(directory: Path, identity: CacheIdentity, skipped: list[tuple[str, str]], max_skipped: float) -> None:
     shards = shard_paths(directory)
-    images = len({key for shard in shards for key in keys_in(shard)})
-    with whole_file(directory / "skipped.jsonl") as temporary, temporary.open("w", encoding="utf-8") as file:
-        for key, reason in skipped:
-            file.write(json.dumps({"key": key, "reason": reason}, ensure_ascii=False) + "\n")
+    rows = Counter(key for shard in shards for key in keys_in(shard, identity))
+    skipped += [(key, "key seen before") for key, count in rows.items() if count > 1]
+    images = len(rows)
+    lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in skipped]
+    with whole_file(directory / "skipped.jsonl") as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
     if not images:
         raise InputError(f"no image could be read from {identity.data_images!r}" + _commonest(skipped))
     _refuse_too_many_skipped(skipped, images, max_skipped)

@@ -1,6 +1,7 @@
 """Reading a cache: rows by number, in any order, from any process."""
 
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ import h5py
 import numpy as np
 
 from embeddings_cache.codec import CacheRow
-from embeddings_cache.format import CacheInfo, read_info
-from embeddings_cache.images import stable_hash
-from students import InputError
+from embeddings_cache.format import CacheIdentity, CacheInfo, identity_of, read_info
+from embeddings_cache.sources import stable_hash
+from students import InputError, first_line
+
+FILES_OPEN = 64
+"""Shards a process holds open at a time; systems allow a process 256 files or more."""
 
 
 class EmbeddingsCache(Sequence[CacheRow]):
@@ -27,15 +31,17 @@ class EmbeddingsCache(Sequence[CacheRow]):
 
     def __init__(self, directory: Path) -> None:
         info = read_info(directory)
-        if info is None or not info.complete:
-            state = "is not finished" if info else "does not exist"
+        if info is None or not is_complete(directory, info):
+            state = "is not finished, or has lost a shard" if info else "does not exist"
             raise InputError(f"the cache at {directory} {state}: run stage=precompute")
         self.info: CacheInfo = info
         self.shards = shard_paths(directory)
-        places = {key: place for place, key in _places(self.shards)}
+        keys = [keys_in(shard, info.identity) for shard in self.shards]
+        # Where two shards have a key (two sources did, read by two processes), the first one's row counts.
+        places = {key: (shard, row) for shard in reversed(range(len(keys))) for row, key in enumerate(keys[shard])}
         self.keys = sorted(places)
         self._places = [places[key] for key in self.keys]
-        self._files: dict[int, h5py.File] = {}
+        self._files: OrderedDict[int, h5py.File] = OrderedDict()
         self._pid = os.getpid()
 
     def __len__(self) -> int:
@@ -72,14 +78,22 @@ class EmbeddingsCache(Sequence[CacheRow]):
         return sorted(ranked[val_images:]), sorted(ranked[:val_images])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": OrderedDict()}
 
     def _file(self, shard: int) -> h5py.File:
         if self._pid != os.getpid():  # inherited by fork: the parent's handles are not ours
-            self._files, self._pid = {}, os.getpid()
+            self._files, self._pid = OrderedDict(), os.getpid()
         if shard not in self._files:
             self._files[shard] = h5py.File(self.shards[shard], "r")
+            if len(self._files) > FILES_OPEN:
+                self._files.popitem(last=False)[1].close()
+        self._files.move_to_end(shard)
         return self._files[shard]
+
+
+def is_complete(directory: Path, info: CacheInfo) -> bool:
+    """Whether a cache says that it is finished and has all the shards that it then had."""
+    return info.complete and len(shard_paths(directory)) == info.shards
 
 
 def shard_paths(directory: Path) -> list[Path]:
@@ -87,23 +101,24 @@ def shard_paths(directory: Path) -> list[Path]:
     return sorted(directory.glob("shard-*.h5"))
 
 
-def keys_in(shard: Path) -> list[str]:
+def keys_in(shard: Path, identity: CacheIdentity) -> list[str]:
     """The keys of a shard, in row order.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or of another cache.
     """
     try:
         with h5py.File(shard, "r") as file:
-            return [key.decode() for key in file["keys"][:]]
-    except (OSError, KeyError) as error:
-        raise InputError(f"{shard} is damaged; remove it and run stage=precompute again: {error}") from error
+            differences = identity_of(file.attrs).differences(identity)
+            keys = [key.decode() for key in file["keys"][:]]
+    except (OSError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{shard} is damaged; remove it and run stage=precompute again: {first_line(error)}"
+        ) from error
+    if differences:
+        raise InputError(f"{shard} is of another cache: {'; '.join(differences)}")
+    return keys
 
 
 def _size(stored: np.ndarray) -> tuple[int, int]:
     return int(stored[0]), int(stored[1])
-
-
-def _places(shards: list[Path]) -> list[tuple[tuple[int, int], str]]:
-    """(shard number, row) and key of every row, last shard first, so that in a dict the first one wins."""
-    return [((s, r), key) for s in reversed(range(len(shards))) for r, key in enumerate(keys_in(shards[s]))]

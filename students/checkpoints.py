@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from students.encoder import StudentConfig, StudentEncoder, build_encoder, config_dict
-from students.errors import InputError
+from students.errors import InputError, first_line
 
 FORMAT = "sam-distill student"
 
@@ -44,7 +44,10 @@ def load_student(path: Path) -> StudentEncoder:
     Raises:
         InputError: the file is missing, foreign or damaged.
     """
-    config = StudentConfig(**json.loads(read_metadata(path)["student"]))
+    try:
+        config = StudentConfig(**json.loads(read_metadata(path)["student"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} does not say what student it holds: {first_line(error)}") from error
     student = build_encoder(config)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

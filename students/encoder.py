@@ -5,13 +5,16 @@ uses it (arXiv:2306.14289). Both papers turn the stride of the last downsampling
 1024×1024 pixels become 64×64 cells, and end in the neck of SAM's own encoder (arXiv:2304.02643, appendix A).
 """
 
+import inspect
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import timm
 import torch
 from segment_anything.modeling.common import LayerNorm2d
-from timm.models import reparameterize_model
+from timm.models.repvit import RepVit
+from timm.models.tiny_vit import TinyVit
+from timm.utils import reparameterize_model
 from torch import nn
 
 from students.errors import InputError, first_line
@@ -19,13 +22,16 @@ from students.errors import InputError, first_line
 STRIDE = 16
 """Image pixels per embedding cell, along each side; what SAM's prompt encoder and decoder expect."""
 
-FAMILIES = ("repvit", "tiny_vit")
+FAMILIES = {"repvit": RepVit, "tiny_vit": TinyVit}
 
-# What each timm family calls the numbers that a recipe may change, under one name of ours.
-_TIMM_NAMES = {
+NUMBERS = {
     "repvit": {"widths": "embed_dim", "depths": "depth"},
     "tiny_vit": {"widths": "embed_dims", "depths": "depths"},
 }
+"""What each timm family calls the numbers that a recipe changes most, under one name of ours."""
+
+NOT_OURS = {"self", "num_classes", "in_chans", "global_pool", "distillation", "device", "dtype"}
+"""Arguments of timm's models that a student leaves alone."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class StudentEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.img_size = config.image_size
+        self.embed_dim = config.embed_dim
         self.backbone = backbone
         channels, out = int(backbone.num_features), config.embed_dim  # type: ignore[arg-type]
         self.neck = nn.Sequential(
@@ -68,7 +75,9 @@ class StudentEncoder(nn.Module):
         """
         copy = build_encoder(self.config)
         copy.load_state_dict(self.state_dict())
-        return reparameterize_model(copy.to(next(self.parameters()).device).eval(), inplace=True)
+        copy.to(next(self.parameters()).device).eval()
+        copy.backbone = reparameterize_model(copy.backbone, inplace=True)
+        return copy
 
 
 def list_students() -> list[str]:
@@ -116,22 +125,35 @@ def config_dict(encoder: StudentEncoder) -> dict[str, Any]:
 
 
 def _stride16_backbone(config: StudentConfig, pretrained: bool) -> nn.Module:
-    family = next(family for family in FAMILIES if config.name.startswith(family))
     timm_name = config.name if config.name in timm.list_models() else f"{config.name}_224"
-    renamed = {_TIMM_NAMES[family].get(key, key): value for key, value in config.overrides.items()}
-    # timm's models index these by stage, and RepViT compares by type: tuples, not the lists that YAML gives.
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in renamed.items()}
     try:
-        backbone = timm.create_model(timm_name, pretrained=pretrained, num_classes=0, **arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise InputError(f"student {config.name!r} does not take these overrides: {error}") from error
+        backbone = timm.create_model(timm_name, pretrained=pretrained, num_classes=0, **_timm_arguments(config))
     except OSError as error:
         if not pretrained:
             raise
         raise InputError(f"ImageNet weights of {timm_name!r} cannot be had: {first_line(error)}") from error
+    except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:
+        raise InputError(f"student {config.name!r} does not take these overrides: {first_line(error)}") from error
+    if backbone.feature_info[-1]["reduction"] != 2 * STRIDE:
+        raise InputError(f"student {config.name!r} needs four stages, not {len(backbone.stages)}")
     # The classifier is not used; TinyViT's keeps a norm even without classes, which DDP would report as unused.
     backbone.head = nn.Identity()
     last_stage = backbone.stages[-1].modules()
     (downsample,) = (m for m in last_stage if isinstance(m, nn.Conv2d) and m.stride == (2, 2))
     downsample.stride = (1, 1)
     return backbone
+
+
+def _timm_arguments(config: StudentConfig) -> dict[str, Any]:
+    """Overrides as timm's model takes them; only the model's own numbers, for they may come from a stranger's file."""
+    family = next(family for family in FAMILIES if config.name.startswith(family))
+    known = set(inspect.signature(FAMILIES[family]).parameters) - NOT_OURS
+    arguments = {}
+    for key, value in config.overrides.items():
+        name = NUMBERS[family].get(key, key)
+        if name not in known:
+            ours = ", ".join(sorted(known - set(NUMBERS[family].values()) | set(NUMBERS[family])))
+            raise InputError(f"student {config.name!r} has no {key!r} to override; it has {ours}")
+        # timm's models take tuples; YAML and JSON give lists.
+        arguments[name] = tuple(value) if isinstance(value, list) else value
+    return arguments

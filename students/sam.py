@@ -15,11 +15,16 @@ def build_student_sam(encoder: nn.Module, teacher_sam: Sam) -> Sam:
         A `Sam` in eval mode, for `SamPredictor` and `SamAutomaticMaskGenerator`.
 
     Raises:
-        ValueError: the encoder's image size is not the one that the teacher's prompt encoder works in.
+        ValueError: the encoder's image size or channels are not those that the teacher's prompt encoder works with.
     """
     size = teacher_sam.prompt_encoder.input_image_size[0]
     if encoder.img_size != size:
         raise ValueError(f"the encoder works at {encoder.img_size} px, the teacher's prompt encoder at {size} px")
+    channels = getattr(encoder, "embed_dim", teacher_sam.prompt_encoder.embed_dim)
+    if channels != teacher_sam.prompt_encoder.embed_dim:
+        raise ValueError(
+            f"the encoder makes {channels} channels, the decoder takes {teacher_sam.prompt_encoder.embed_dim}"
+        )
     sam = Sam(
         image_encoder=encoder,
         prompt_encoder=teacher_sam.prompt_encoder,

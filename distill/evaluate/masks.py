@@ -7,8 +7,9 @@ for a box the single mask is. Images without annotations are prompted with a gri
 compared with the teacher alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,17 +24,19 @@ from segment_anything.utils.transforms import ResizeLongestSide
 
 from distill.losses import embedding_errors
 from distill.recipe import Recipe
-from distill.run import chosen_student, is_current, made_from, open_cache
+from distill.run import chosen_student, is_current, open_cache
 from embeddings_cache.annotations import bounding_box, center_point, decode_masks
 from embeddings_cache.codec import CacheRow
-from embeddings_cache.files import write_json
-from embeddings_cache.format import CacheIdentity
-from embeddings_cache.images import assign_sources, expand_sources, pick_sources, read_images
+from embeddings_cache.files import sha256, write_json
+from embeddings_cache.format import CacheIdentity, read_info
+from embeddings_cache.images import read_images
 from embeddings_cache.precompute import embedded_rows, refuse_other_cache
 from embeddings_cache.preprocess import pad_pixels, to_encoder_input
 from embeddings_cache.progress import progress_bar
+from embeddings_cache.sources import assign_sources, expand_sources, pick_sources
+from embeddings_cache.tars import Skipped
 from embeddings_cache.teacher import load_teacher, weights_sha256
-from students import InputError, build_student_sam, load_student
+from students import InputError, build_student_sam, first_line, load_student
 
 PROMPTS_A_PASS = 32
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
@@ -71,26 +74,43 @@ def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> None:
         InputError: no student, no cache or no teacher of the recipe, or no image to evaluate on.
     """
     result = Path(recipe.run_dir) / "evaluation.json"
-    inputs = made_from(recipe, vars(recipe.evaluate), recipe.data.val_images, vars(recipe.teacher))
+    inputs = evaluation_inputs(recipe)
     if is_current(result, inputs, accelerator):
         return
     teacher, student_sam = load_sams(recipe, accelerator.device)
     scores: list[Score] = []
     errors: list[tuple[float, float]] = []
-    progress = progress_bar(accelerator, "evaluate", "images")
-    for row in evaluation_rows(recipe, teacher, accelerator.process_index, accelerator.num_processes):
-        embeddings = embed_both(row, student_sam)
-        mse, cosine = embedding_errors(*embeddings)
-        errors.append((mse.item(), cosine.item()))
-        scores += score_image(row, teacher, *embeddings, make_prompts(row, recipe))
-        progress.update()
-    progress.close()
-    scores, errors = gather_object(scores), gather_object(errors)
+    skipped: list[dict[str, str]] = []
+
+    def skip(key: str, reason: str) -> None:
+        skipped.append({"key": key, "reason": reason})
+
+    rows = evaluation_rows(recipe, teacher, skip, accelerator.process_index, accelerator.num_processes)
+    with progress_bar(accelerator, "evaluate", "images") as progress:
+        for row in rows:
+            embeddings = embed_both(row, student_sam)
+            mse, cosine = embedding_errors(*embeddings)
+            errors.append((mse.item(), cosine.item()))
+            scores += score_image(row, teacher, *embeddings, make_prompts(row, recipe))
+            progress.update()
+    scores, errors, skipped = gather_object(scores), gather_object(errors), gather_object(skipped)
     if not errors:
-        raise InputError("evaluate: there is no image to evaluate on")
+        raise InputError(f"evaluate: no image could be read{f', {skipped[0]}' if skipped else ''}")
     if accelerator.is_main_process:
-        write_json(result, {"task": "masks", **summarize(scores, errors), "made_from": inputs})
+        content = {"task": "masks", "student": student_sam.image_encoder.config.name, **summarize(scores, errors)}
+        write_json(result, {**content, "skipped": skipped, "made_from": inputs})
     accelerator.wait_for_everyone()
+
+
+def evaluation_inputs(recipe: Recipe) -> dict[str, Any]:
+    """What an evaluation depends on; stored in it, so that a later run can tell whether it is current."""
+    inputs: dict[str, Any] = {"student_sha256": sha256(chosen_student(recipe)), "evaluate": vars(recipe.evaluate)}
+    if recipe.evaluate.data is None:
+        info = read_info(Path(recipe.cache.dir))
+        return {**inputs, "val_images": recipe.data.val_images, "cache": info and asdict(info.identity)}
+    checkpoint = recipe.teacher.checkpoint
+    teacher = {"name": recipe.teacher.name, "file_sha256": checkpoint and sha256(Path(checkpoint))}
+    return {**inputs, "teacher": teacher, "image_size": recipe.image_size, "jpeg_quality": recipe.cache.jpeg_quality}
 
 
 def load_sams(recipe: Recipe, device: torch.device) -> tuple[Sam, Sam]:
@@ -109,7 +129,14 @@ def load_sams(recipe: Recipe, device: torch.device) -> tuple[Sam, Sam]:
     return teacher, build_student_sam(student, teacher)
 
 
-def evaluation_rows(recipe: Recipe, teacher: Sam, rank: int = 0, ranks: int = 1) -> Iterator[CacheRow]:
+def evaluation_rows(
+    recipe: Recipe,
+    teacher: Sam,
+    skipped: Skipped = lambda key, reason: None,
+    rank: int = 0,
+    ranks: int = 1,
+    wanted: Callable[[str], bool] = lambda key: True,
+) -> Iterator[CacheRow]:
     """This process's images with the teacher's embeddings: the cache's held-out ones, or those of `evaluate.data`.
 
     Raises:
@@ -117,13 +144,13 @@ def evaluation_rows(recipe: Recipe, teacher: Sam, rank: int = 0, ranks: int = 1)
     """
     if recipe.evaluate.data is not None:
         sources, _ = pick_sources(expand_sources(recipe.evaluate.data), 1.0)
-        samples = read_images(assign_sources(sources, rank, ranks))
-        yield from embedded_rows(teacher, samples, recipe.cache.jpeg_quality, recipe.teacher.batch_size, [])
+        samples = read_images(assign_sources(sources, rank, ranks), wanted, skipped)
+        yield from embedded_rows(teacher, samples, recipe.cache.jpeg_quality, recipe.teacher.batch_size, skipped)
         return
     cache = open_cache(recipe)
     refuse_other_teacher(recipe, cache.info.identity, teacher)
     _, held_out = cache.split(recipe.data.val_images)
-    yield from (cache[index] for index in held_out[rank::ranks])
+    yield from (cache[index] for index in held_out[rank::ranks] if wanted(cache.keys[index]))
 
 
 def refuse_other_teacher(recipe: Recipe, identity: CacheIdentity, teacher: Sam) -> None:
@@ -140,8 +167,16 @@ def embed_both(row: CacheRow, student_sam: Sam) -> tuple[torch.Tensor, torch.Ten
 
 
 def make_prompts(row: CacheRow, recipe: Recipe) -> Prompts:
-    """Prompts from the row's annotation, or a grid of points."""
-    masks = decode_masks(row.annotation)[: recipe.evaluate.masks_per_image] if row.annotation else []
+    """Prompts from the row's annotation, or a grid of points.
+
+    Raises:
+        InputError: the annotation's masks cannot be decoded.
+    """
+    try:
+        found = decode_masks(row.annotation) if row.annotation else ()
+        masks = list(islice(found, recipe.evaluate.masks_per_image))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"the annotation of {row.key} cannot be decoded: {first_line(error)}") from error
     if not masks:
         height, width = row.original_size
         return Prompts(build_point_grid(recipe.evaluate.grid) * (width, height))

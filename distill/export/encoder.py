@@ -1,6 +1,5 @@
 """The encoder as other runtimes get it, and the pictures that prove an export."""
 
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +7,9 @@ import torch
 from torch import nn
 
 from distill.recipe import Recipe
-from distill.run import open_cache
+from embeddings_cache.format import read_info
 from embeddings_cache.preprocess import PIXEL_MEAN, normalize, pad_pixels, resize_longest_side, to_encoder_input
+from embeddings_cache.reader import EmbeddingsCache, is_complete
 from embeddings_cache.scenes import generate_scene
 from students import StudentEncoder
 
@@ -39,11 +39,14 @@ def pad_with_mean_colour(pixels: np.ndarray, size: int) -> torch.Tensor:
 
 
 def parity_pictures(recipe: Recipe, size: int) -> list[np.ndarray]:
-    """Resized pictures RGB uint8 (h, w, 3) to compare on: held-out ones of the cache, or scenes where there is none."""
-    if (Path(recipe.cache.dir) / "cache.json").exists():
-        cache = open_cache(recipe)
-        _, held_out = cache.split(recipe.data.val_images)
-        return [cache[index].pixels() for index in islice(held_out, PICTURES)]
+    """Resized pictures RGB uint8 (h, w, 3) to compare on: held-out ones of the recipe's cache, or generated scenes
+    where there is no finished cache of this size."""
+    directory = Path(recipe.cache.dir)
+    info = read_info(directory)
+    if info is not None and is_complete(directory, info) and info.identity.image_size == size:
+        cache = EmbeddingsCache(directory)
+        _, held_out = cache.split(min(recipe.data.val_images, len(cache) - 1))
+        return [cache[index].pixels() for index in held_out[:PICTURES]]
     scenes = (generate_scene(np.random.default_rng(seed), size)[0] for seed in range(PICTURES))
     return [resize_longest_side(scene, size) for scene in scenes]
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from distill.export.encoder import parity_pictures
 from distill.export.onnx import export_onnx_encoder
 from distill.recipe import Recipe
-from distill.run import chosen_student, is_current, made_from
+from distill.run import chosen_student, is_current
 from embeddings_cache.files import sha256, write_json
 from students import load_student
 
@@ -21,7 +21,7 @@ def export(recipe: Recipe, accelerator: Accelerator) -> None:
     """
     directory = Path(recipe.run_dir) / "export"
     manifest = directory / "manifest.json"
-    inputs = made_from(recipe, vars(recipe.export))
+    inputs = {"student_sha256": sha256(chosen_student(recipe)), "export": vars(recipe.export)}
     if is_current(manifest, inputs, accelerator):
         return
     if accelerator.is_main_process:

@@ -20,7 +20,7 @@ from embeddings_cache.files import sha256
 from embeddings_cache.preprocess import resize_longest_side
 from embeddings_cache.scenes import generate_scene
 from embeddings_cache.teacher import load_teacher
-from students import InputError, StudentEncoder, build_student_sam, create_student, load_student
+from students import InputError, StudentEncoder, build_student_sam, create_student, load_student, save_student
 from support import TINY, places
 
 
@@ -139,6 +139,16 @@ def test_any_student_can_be_exported_without_its_cache(
     before = path.stat().st_mtime_ns
     export(replace(recipe, train=replace(recipe.train, epochs=99)), accelerator)  # does not concern the export
     assert path.stat().st_mtime_ns == before
+
+
+def test_a_cache_of_another_size_is_no_hindrance(finished_run: Path, tmp_path: Path, accelerator: Accelerator) -> None:
+    encoder = create_student("repvit_m0_9", 192, 64, widths=[8, 16, 24, 32], depths=[1, 1, 1, 1])
+    save_student(tmp_path / "s.safetensors", encoder, {})
+    recipe = load_recipe([*TINY, *places(finished_run, "gone.tar"), "stage=export"])
+    recipe = replace(recipe, run_dir=str(tmp_path / "run"), checkpoint=str(tmp_path / "s.safetensors"))
+    export(recipe, accelerator)
+    manifest = json.loads((tmp_path / "run" / "export" / "manifest.json").read_text())
+    assert manifest["files"]["encoder.onnx"]["inputs"]["image"]["shape"] == [1, 3, 192, 192]
 
 
 def module_input(picture: np.ndarray) -> torch.Tensor:

@@ -1,7 +1,9 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -156,6 +158,44 @@ def test_evaluation_is_redone_only_for_another_student_or_setting(
     evaluate_masks(elsewhere, accelerator)
     assert calls == [1]
     assert result(elsewhere)["miou"]["box"]["all"]["masks"] == 4
+
+
+def test_another_caches_images_are_evaluated_anew(
+    elsewhere: Recipe, accelerator: Accelerator, finished_run: Path, tmp_path: Path
+) -> None:
+    evaluate_masks(elsewhere, accelerator)
+    first = result(elsewhere)
+    shutil.copytree(finished_run / "cache", tmp_path / "cache")
+    described = json.loads((tmp_path / "cache" / "cache.json").read_text())
+    described["identity"]["data_images"] = "other.tar"
+    (tmp_path / "cache" / "cache.json").write_text(json.dumps(described))
+    for path in (tmp_path / "cache").glob("shard-*.h5"):
+        with h5py.File(path, "r+") as file:
+            file.attrs["data_images"] = "other.tar"
+            file["embeddings"][:] = 0
+    elsewhere.data = replace(elsewhere.data, images="other.tar")
+    elsewhere.cache = replace(elsewhere.cache, dir=str(tmp_path / "cache"))
+    evaluate_masks(elsewhere, accelerator)
+    assert result(elsewhere)["embedding"]["mse"] != first["embedding"]["mse"]
+
+
+def test_bad_images_are_left_out_and_listed(elsewhere: Recipe, accelerator: Accelerator, tmp_path: Path) -> None:
+    image, _ = generate_scene(np.random.default_rng(0), 150)
+    Image.fromarray(image).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(b"<html>")
+    elsewhere.evaluate = replace(elsewhere.evaluate, data=str(tmp_path), grid=2)
+    evaluate_masks(elsewhere, accelerator)
+    assert result(elsewhere)["images"] == 1
+    (skipped,) = result(elsewhere)["skipped"]
+    assert skipped["key"] == "bad"
+    assert "cannot identify" in skipped["reason"]
+
+
+def test_an_annotation_that_cannot_be_decoded_is_named(recipe: Recipe) -> None:
+    row = next(evaluation_rows(recipe, load_teacher("toy", None, 128)))
+    broken = json.dumps({"annotations": [{"segmentation": {"size": [9, 9], "counts": "é"}}]})
+    with pytest.raises(InputError, match=f"the annotation of {row.key} cannot be decoded"):
+        make_prompts(replace(row, annotation=broken), recipe)
 
 
 def test_a_student_that_does_not_fit_the_decoder_is_refused(elsewhere: Recipe, accelerator: Accelerator) -> None:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from segment_anything import sam_model_registry
 
+from distill.recipe import load_recipe
 from embeddings_cache.reader import EmbeddingsCache, shard_paths
 from students import load_student
 from support import IMAGES, ROOT, TINY, Cli, places
@@ -34,7 +35,7 @@ def test_every_stage_leaves_its_result(finished_run: Path) -> None:
     assert not list(finished_run.rglob(".tmp-*"))
     report = json.loads((run / "report" / "report.json").read_text())
     assert report["evaluation"]["miou"] == json.loads((run / "evaluation.json").read_text())["miou"]
-    assert len(report["embedding"]["held_out_mse_by_step"]) == 3
+    assert len(report["held_out_mse_by_step"]) == 3
     for name in report["files"]:
         with Image.open(run / "report" / name) as picture:
             assert min(picture.size) > 200
@@ -69,7 +70,7 @@ def test_held_out_images_take_no_part_in_training(finished_run: Path, scene_tar:
 
 def test_two_processes_share_the_work(tmp_path: Path, finished_run: Path, scene_tar: Path, cli: Cli) -> None:
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
-    result = cli(*TINY, *places(tmp_path, scene_tar), "train.epochs=16", launcher=launcher)
+    result = cli(*TINY, *places(tmp_path, scene_tar), "train.epochs=16", "data.val_images=5", launcher=launcher)
     assert result.returncode == 0, result.stderr
     rows: Counter[str] = Counter()
     ranks: Counter[str] = Counter()
@@ -82,22 +83,52 @@ def test_two_processes_share_the_work(tmp_path: Path, finished_run: Path, scene_
     # The same images are held out, and a student was trained, measured and exported.
     one, two = (EmbeddingsCache(directory / "cache") for directory in (finished_run, tmp_path))
     assert one.keys == two.keys
-    assert one.split(4) == two.split(4)
+    assert one.split(5) == two.split(5)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held_out = [line["val_mse"] for line in lines if "val_mse" in line]
     assert len(held_out) == 17
     assert held_out[-1] < 0.7 * held_out[0]
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert evaluation["images"] == 4
+    assert evaluation["images"] == 5
     assert evaluation["embedding"]["mse"] == pytest.approx(held_out[-1], rel=1e-4)
     assert (tmp_path / "run" / "export" / "encoder.onnx").exists()
 
 
-def test_an_error_is_one_line_on_stderr(tmp_path: Path, cli: Cli) -> None:
-    result = cli("recipe=repvit_m9", cwd=tmp_path)
+def test_an_error_in_another_process_is_told(tmp_path: Path, scene_tar: Path, cli: Cli) -> None:
+    (tmp_path / "zzz.tar").write_bytes(b"<html>gone</html>" * 1000)
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612")
+    images = f"[{scene_tar}, {tmp_path / 'zzz.tar'}]"
+    result = cli(*TINY, *places(tmp_path, images), "stage=precompute", launcher=launcher)
+    assert result.returncode != 0
+    assert f"distill.py: process 1: cannot read {tmp_path / 'zzz.tar'}" in result.stderr
+
+
+def test_single_stages_keep_the_runs_recipe(tmp_path: Path, scene_tar: Path, cli: Cli) -> None:
+    for stage, more in (
+        ("precompute", ()),
+        ("train", ()),
+        ("evaluate", ("evaluate.masks_per_image=2",)),
+        ("export", ()),
+        ("report", ("evaluate.masks_per_image=2",)),
+    ):
+        result = cli(*TINY, *places(tmp_path, scene_tar), f"stage={stage}", *more)
+        assert result.returncode == 0, result.stderr
+    saved = load_recipe([f"recipe={tmp_path / 'run' / 'recipe.yaml'}"])
+    assert saved == load_recipe([*TINY, *places(tmp_path, scene_tar)])
+    result = cli(*TINY, *places(tmp_path, scene_tar), "stage=report")
     assert result.returncode == 2
-    assert result.stderr == "distill.py: command line: unknown recipe 'repvit_m9'; did you mean 'repvit_m0_9'?\n"
-    assert list(tmp_path.iterdir()) == []
+    assert "is missing, or of another student or setting: run stage=evaluate first" in result.stderr
+
+
+def test_an_error_is_one_line_on_stderr(tmp_path: Path, cli: Cli) -> None:
+    for argument, said in (
+        ("recipe=repvit_m9", "command line: unknown recipe 'repvit_m9'; did you mean 'repvit_m0_9'?"),
+        ("train.mixed_precision=fp16", "train.mixed_precision=fp16 needs a GPU; on a CPU take bf16 or no"),
+    ):
+        result = cli("recipe=quickstart", argument, cwd=tmp_path)
+        assert result.returncode == 2
+        assert result.stderr == f"distill.py: {said}\n"
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_photographs_without_annotations_go_all_the_way(tmp_path: Path, scene_tar: Path, cli: Cli) -> None:
@@ -122,7 +153,7 @@ def test_the_readmes_first_command(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert "recipe=repvit_m2_3" in first.stdout  # what a real run takes instead
     report = json.loads((tmp_path / "runs" / "quickstart" / "report" / "report.json").read_text())
-    by_step = report["embedding"]["held_out_mse_by_step"]
+    by_step = report["held_out_mse_by_step"]
     assert report["evaluation"]["embedding"]["mse"] < 0.25 * by_step[0][1]
     assert report["evaluation"]["miou"]["box"]["all"]["student_teacher"] > 0.8
     before = modified(tmp_path)

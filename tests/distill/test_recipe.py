@@ -50,6 +50,10 @@ def test_values_come_from_schema_then_file_then_command_line(tmp_path: Path) -> 
         ("student.overrides.depths=[1, 2, 3, 4]", "student.overrides.depths", [1, 2, 3, 4]),
         ("teacher.checkpoint=null", "teacher.checkpoint", None),
         ("train.workers=3", "train.workers", 3),
+        ("train.mixed_precision=no", "train.mixed_precision", "no"),
+        ("run_dir=007", "run_dir", "007"),
+        ("run_dir=2026_11_20", "run_dir", "2026_11_20"),
+        ("student.pretrained=true", "student.pretrained", True),
     ],
 )
 def test_command_line_values(argument: str, key: str, value: object) -> None:
@@ -66,7 +70,7 @@ def test_command_line_values(argument: str, key: str, value: object) -> None:
         (["recipe=quickstart", "train.epohcs=3"], "unknown key 'train.epohcs'; did you mean 'train.epochs'?"),
         (["recipe=quickstart", "--resume"], "command line: '--resume' is not key=value"),
         (["recipe=quickstart", "train.epochs=many"], "command line: train.epochs: Value 'many'"),
-        (["recipe=quickstart", "train.epochs=0"], "command line: train.epochs=0 is less than 1"),
+        (["recipe=quickstart", "train.epochs=-1"], "command line: train.epochs=-1 is negative"),
         (["recipe=quickstart", "data.fraction=1.5"], "command line: data.fraction=1.5 is more than 1"),
         (["recipe=quickstart", "train.lr=-1"], "command line: train.lr=-1.0 is not above 0"),
         (["recipe=quickstart", "seed=-1"], "command line: seed=-1 is negative"),
@@ -75,6 +79,11 @@ def test_command_line_values(argument: str, key: str, value: object) -> None:
         (["recipe=quickstart", "student.name=repvit_m3_2"], "student.name=repvit_m3_2 is not known; did you mean"),
         (["recipe=quickstart", "teacher.name=vit_x"], "teacher.name=vit_x is not known; did you mean 'vit_l'?"),
         (["recipe=quickstart", "cache.jpeg_quality=101"], "cache.jpeg_quality=101 is neither 1-100 nor png"),
+        (["recipe=quickstart", "cache.jpeg_quality=true"], "cache.jpeg_quality=True is neither 1-100 nor png"),
+        (["recipe=quickstart", "train.loss.mse=0"], "weights are not negative, and one is more than 0"),
+        (["recipe=quickstart", "data.images=[a_{0..3}.tar, b"], "command line: data.images=[a_{0..3}.tar, b is not"),
+        (["recipe=quickstart", "data.images=[1, 2]"], "data.images=[1, 2] is neither text nor a list of texts"),
+        (["recipe=quickstart", "evaluate.data=scenes:5"], "scenes are made for data.images only"),
         (["recipe=quickstart", "train.loss.mask=1"], "command line: train.loss=mask is not known"),
         (["recipe=quickstart", "export.formats=[coreml]"], "command line: export.formats=coreml is not known"),
         (["recipe=quickstart", "train.batch_size=9", "train.accumulate=2"], "9 does not divide by train.accumulate=2"),
@@ -96,6 +105,7 @@ def test_a_mistake_in_a_file_is_named_with_the_file(tmp_path: Path) -> None:
         ("train: [1", "mine.yaml is not valid YAML"),
         ("- 1", "mine.yaml is not a recipe"),
         ("seed: 1", "mine.yaml: data.images=None: say which tars or folder to use"),
+        ("data: {images: 5}", "mine.yaml: data.images=5 is neither text nor a list of texts"),
     ):
         path.write_text(content)
         with pytest.raises(InputError) as error:
@@ -109,12 +119,24 @@ def test_the_resolved_recipe_reproduces_itself(tmp_path: Path) -> None:
     assert load_recipe([f"recipe={tmp_path / 'recipe.yaml'}"]) == recipe
 
 
-def test_differences_are_those_that_shape_the_student() -> None:
-    recipe = load_recipe(["recipe=quickstart"])
+def test_yaml_leaves_words_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("data: {images: x}\ntrain: {mixed_precision: no}\nrun_dir: 2026-11-20\n")
+    recipe = load_recipe([f"recipe={tmp_path / 'mine.yaml'}"])
+    assert (recipe.train.mixed_precision, recipe.run_dir) == ("no", "2026-11-20")
+
+
+def test_differences_are_those_that_shape_the_student(tmp_path: Path) -> None:
+    saved = tmp_path / "recipe.yaml"
+    saved.write_text(to_yaml(load_recipe(["recipe=quickstart"])))
     same = load_recipe(["recipe=quickstart", "train.workers=5", "cache.dir=x", "run_dir=y", "evaluate.grid=3"])
-    assert differences(same, to_yaml(recipe)) == []
+    assert differences(same, saved) == []
     other = load_recipe(["recipe=quickstart", "train.lr=0.5", "student.overrides.widths=[8, 8, 8, 8]"])
-    assert differences(other, to_yaml(recipe))[1] == "train.lr: 0.002, now 0.5"
+    assert differences(other, saved)[1] == "train.lr: 0.002, now 0.5"
+    for key in ("train.epochs=3", "train.accumulate=2", "seed=1"):
+        assert len(differences(load_recipe(["recipe=quickstart", key]), saved)) == 1
+    saved.write_text("of: another version")
+    with pytest.raises(InputError, match="unknown key 'of'"):
+        differences(same, saved)
 
 
 def test_help_says_everything() -> None:
@@ -159,6 +181,9 @@ def test_the_contracts_keys_exist() -> None:
         ["recipe=quickstart", "stage=train"],
         ["recipe=quickstart", "stage=evaluate"],
         ["recipe=quickstart", "stage=export", "checkpoint=nowhere.safetensors"],
+        ["recipe=quickstart", "checkpoint=nowhere.safetensors"],
+        ["recipe=quickstart", "evaluate.data=nothing/*.tar"],
+        ["recipe=quickstart", "student.overrides.widths=[8, 16]"],
     ],
 )
 def test_a_mistake_is_one_line_exit_2_and_nothing_written(

@@ -1,8 +1,10 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from distill import train as module
 from distill.losses import embedding_errors, weighted_loss
 from distill.main import create_accelerator
 from distill.recipe import Recipe, load_recipe
-from distill.run import claim_run_dir
+from distill.run import claim_run_dir, read_metrics
 from distill.train import EpochSampler, Plan, train
 from embeddings_cache.preprocess import pad_pixels, to_encoder_input
 from embeddings_cache.reader import EmbeddingsCache
@@ -49,9 +51,7 @@ def plain_training(recipe: Recipe) -> StudentEncoder:
     cache = EmbeddingsCache(Path(recipe.cache.dir))
     rows, _ = cache.split(recipe.data.val_images)
     torch.manual_seed(recipe.seed)
-    student = create_student(
-        recipe.student.name, image_size=recipe.image_size, embed_dim=64, **recipe.student.overrides
-    )
+    student = create_student(recipe.student.name, recipe.image_size, 64, **recipe.student.overrides)
     matrices = [p for p in student.parameters() if p.ndim > 1]
     vectors = [p for p in student.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
@@ -63,23 +63,26 @@ def plain_training(recipe: Recipe) -> StudentEncoder:
     for epoch in range(recipe.train.epochs):
         order = np.random.default_rng([recipe.seed, epoch]).permutation(rows)
         for start in range(0, per_epoch * size, size):
-            batch = [cache[int(index)] for index in order[start : start + size]]
-            pixels = torch.stack([pad_pixels(row.pixels(), recipe.image_size) for row in batch])
-            images = to_encoder_input(pixels, torch.tensor([row.input_size for row in batch]))
-            target = torch.stack([torch.from_numpy(row.embedding).float() for row in batch])
             cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.train.lr * ((step + 1) / (warmup + 1) if step < warmup else cosine)
             optimizer.zero_grad()
-            ((student(images) - target) ** 2).mean().backward()
+            for part in np.split(order[start : start + size], recipe.train.accumulate):
+                batch = [cache[int(index)] for index in part]
+                pixels = torch.stack([pad_pixels(row.pixels(), recipe.image_size) for row in batch])
+                images = to_encoder_input(pixels, torch.tensor([row.input_size for row in batch]))
+                target = torch.stack([torch.from_numpy(row.embedding).float() for row in batch])
+                (((student(images) - target) ** 2).mean() / recipe.train.accumulate).backward()
             torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.train.clip_norm)
             optimizer.step()
             step += 1
     return student.eval()
 
 
-def test_equals_a_plain_pytorch_loop(recipe: Recipe, accelerator: Accelerator) -> None:
-    train(recipe, accelerator)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_equals_a_plain_pytorch_loop(accumulate: int, recipe: Recipe) -> None:
+    recipe.train = replace(recipe.train, accumulate=accumulate)
+    train(recipe, create_accelerator(recipe))
     expected = plain_training(recipe).state_dict()
     for name, tensor in weights(recipe.run_dir).items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-4)
@@ -122,17 +125,34 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize(("checkpoint_every", "killed_at"), [(3, 8), (5, 6), (4, 3)])
+DROPPING = {"widths": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "drop_path_rate": 0.5}
+"""A TinyViT that draws random numbers in training, and whose attention biases are gathered by index."""
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_every", "killed_at", "settings", "overrides"),
+    [
+        (3, 8, {}, None),
+        (5, 6, {}, None),
+        (4, 3, {}, None),
+        (3, 8, {"accumulate": 2}, None),
+        (3, 8, {"workers": 2}, None),
+        (3, 8, {}, DROPPING),
+    ],
+)
 def test_a_run_that_was_interrupted_ends_with_the_same_weights(
     checkpoint_every: int,
     killed_at: int,
+    settings: dict,
+    overrides: dict | None,
     recipe: Recipe,
-    accelerator: Accelerator,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe.train = replace(recipe.train, checkpoint_every=checkpoint_every, log_every=1)
-    train(recipe, accelerator)
+    recipe.train = replace(recipe.train, checkpoint_every=checkpoint_every, log_every=1, **settings)
+    if overrides is not None:
+        recipe.student = replace(recipe.student, name="tiny_vit_5m", overrides=overrides)
+    train(recipe, create_accelerator(recipe))
     undisturbed, lines = weights(recipe.run_dir), metrics(recipe.run_dir)
 
     recipe.run_dir = str(tmp_path / "interrupted")
@@ -157,18 +177,22 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(
     assert metrics(recipe.run_dir) == lines
 
 
+def test_no_epochs_leave_the_student_untrained(recipe: Recipe, accelerator: Accelerator) -> None:
+    recipe.train = replace(recipe.train, epochs=0)
+    train(recipe, accelerator)
+    (line,) = metrics(recipe.run_dir)
+    assert line["step"] == 0
+    torch.manual_seed(recipe.seed)
+    student = create_student(recipe.student.name, recipe.image_size, 64, **recipe.student.overrides)
+    assert all(torch.equal(tensor, student.state_dict()[name]) for name, tensor in weights(recipe.run_dir).items())
+
+
 def test_a_finished_student_is_left_alone(recipe: Recipe, accelerator: Accelerator) -> None:
     train(recipe, accelerator)
     path = Path(recipe.run_dir) / "student.safetensors"
     before = path.stat().st_mtime_ns
     train(recipe, accelerator)
     assert path.stat().st_mtime_ns == before
-
-
-def test_accumulation_averages_the_batch(recipe: Recipe) -> None:
-    """Two halves accumulated are one step on the whole, but for batch statistics: so compare a step's plan."""
-    plan = Plan.of(replace(recipe, train=replace(recipe.train, batch_size=8, accumulate=4)), 20, 2)
-    assert (plan.micro_batch, plan.steps_per_epoch, plan.steps) == (1, 2, 4)
 
 
 def test_plan_refuses_what_cannot_be(recipe: Recipe) -> None:
@@ -204,6 +228,42 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     recipe.train = replace(recipe.train, log_every=1)
     monkeypatch.setattr(module, "weighted_loss", lambda _: lambda s, t: F.mse_loss(s, t) * math.nan)
     with pytest.raises(InputError, match="the training loss is nan at step 1"):
+        train(recipe, accelerator)
+
+
+def test_what_a_crash_left_of_a_line_is_dropped(recipe: Recipe, accelerator: Accelerator) -> None:
+    Path(recipe.run_dir).mkdir()
+    (Path(recipe.run_dir) / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_metrics(Path(recipe.run_dir)) == [{"step": 1, "loss": 2.0}]
+    train(recipe, accelerator)
+    assert metrics(recipe.run_dir)[0]["step"] == 0
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_student_of_other_teacher_weights_is_not_taken_for_this_ones(
+    finished: bool, recipe: Recipe, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    recipe.train = replace(recipe.train, checkpoint_every=4)
+    train(recipe, accelerator)
+    if not finished:
+        (Path(recipe.run_dir) / "student.safetensors").unlink()
+    shutil.copytree(recipe.cache.dir, tmp_path / "other")
+    for path in (tmp_path / "other").glob("shard-*.h5"):
+        with h5py.File(path, "r+") as file:
+            file.attrs["teacher_sha256"] = "0" * 64
+    described = json.loads((tmp_path / "other" / "cache.json").read_text())
+    described["identity"]["teacher_sha256"] = "0" * 64
+    (tmp_path / "other" / "cache.json").write_text(json.dumps(described))
+    recipe.cache = replace(recipe.cache, dir=str(tmp_path / "other"))
+    with pytest.raises(InputError, match="learnt from another cache: SHA-256 of the teacher's weights"):
+        train(recipe, create_accelerator(recipe))
+
+
+def test_another_preprocessings_cache_is_refused(
+    recipe: Recipe, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.run.fingerprint", lambda: "something else")
+    with pytest.raises(InputError, match="fingerprint of the preprocessing"):
         train(recipe, accelerator)
 
 

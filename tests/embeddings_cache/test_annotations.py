@@ -50,16 +50,35 @@ def test_bounding_box_agrees_with_coco() -> None:
 
 def test_empty_masks_are_left_out() -> None:
     entries = [{"segmentation": encode_rle(mask)} for mask in (disk(), np.zeros((40, 60), bool))]
-    assert len(decode_masks(json.dumps({"annotations": entries}))) == 1
+    assert len(list(decode_masks(json.dumps({"annotations": entries})))) == 1
 
 
 @pytest.mark.parametrize(
-    "text", ['{"caption": "a dog"}', "[1, 2]", '{"annotations": []}', '{"annotations": [{"id": 1}]}', "3"]
+    "text",
+    [
+        '{"caption": "a dog"}',
+        "[1, 2]",
+        "3",
+        '{"annotations": []}',
+        '{"annotations": 5}',
+        '{"annotations": [7]}',
+        '{"annotations": [{"id": 1}]}',
+        '{"annotations": [{"segmentation": null}]}',
+        '{"annotations": [{"segmentation": [[1, 2, 3, 4, 5, 6]]}]}',
+        '{"annotations": [{"segmentation": {"counts": "abc"}}]}',
+    ],
 )
 def test_json_of_other_kinds_is_no_annotation(text: str) -> None:
-    assert usable_annotation(text.encode()) is None
+    assert usable_annotation(text.encode(), (40, 60)) is None
+
+
+def test_masks_must_have_the_images_size() -> None:
+    text = json.dumps({"annotations": [{"segmentation": encode_rle(disk())}]})
+    assert usable_annotation(text.encode(), (40, 60)) == text
+    with pytest.raises(ValueError, match=r"annotated at \[40, 60\], the image has \[20, 30\]"):
+        usable_annotation(text.encode(), (20, 30))
 
 
 def test_what_is_not_json_is_an_error() -> None:
     with pytest.raises(ValueError, match="Expecting"):
-        usable_annotation(b"{not json")
+        usable_annotation(b"{not json", (1, 1))

@@ -1,7 +1,10 @@
+import gzip
 import http.server
 import io
 import json
+import os
 import shutil
+import struct
 import tarfile
 import threading
 from collections import Counter
@@ -14,16 +17,8 @@ import pytest
 from PIL import Image
 
 from embeddings_cache.annotations import encode_rle
-from embeddings_cache.images import (
-    Share,
-    assign_sources,
-    count_images,
-    decode_image,
-    expand_sources,
-    keep_key,
-    pick_sources,
-    read_images,
-)
+from embeddings_cache.images import count_images, decode_image, read_images
+from embeddings_cache.sources import Share, assign_sources, expand_sources, keep_key, pick_sources
 from students import InputError
 
 ANNOTATION = json.dumps({"annotations": [{"segmentation": encode_rle(np.eye(30, 40, dtype=bool))}]}).encode()
@@ -141,6 +136,50 @@ def test_any_webdataset_tar_will_do(tmp_path: Path) -> None:
     assert skipped == {}
 
 
+def test_odd_things_in_a_folder_do_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "good.jpg").write_bytes(encoded())
+    (tmp_path / "dangling.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "good2.jpg").write_bytes(encoded())
+    (tmp_path / "good2.json").mkdir()
+    (tmp_path / "._good.jpg").write_bytes(b"what macOS adds")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    bad_name = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
+    Path(os.fsdecode(bad_name)).write_bytes(encoded())
+    samples, skipped = read(str(tmp_path))
+    assert [sample.key for sample in samples] == ["good", "good2"]
+    assert skipped["dangling"] == "FileNotFoundError: No such file or directory"
+    assert skipped[os.fsdecode(b"caf\xe9")] == "its name is not printable text"
+    assert len(skipped) == 2
+
+
+def test_files_of_a_sample_that_lie_apart_are_told_of(tmp_path: Path) -> None:
+    names = [f"{n}.{suffix}" for suffix in ("jpg", "json") for n in range(3)]
+    tar = write_tar(tmp_path / "x.tar", {name: encoded() if "jpg" in name else ANNOTATION for name in names})
+    samples, skipped = read(tar)
+    assert [sample.annotation for sample in samples] == [None] * 3
+    assert all("its image lies elsewhere" in reason for reason in skipped.values())
+    assert len(skipped) == 3
+
+
+def test_dots_in_a_tars_names_are_told_of(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "x.tar", {"IMG.2020.01.jpg": encoded()})
+    samples, skipped = read(tar)
+    assert samples == []
+    assert "WebDataset splits names at the first dot" in skipped["IMG"]
+    assert count_images([Share(tar)], lambda key: True) == 0
+
+
+@pytest.mark.parametrize("pattern", ["x/sa_{0..1.tar", "x/${NOT_THERE}.tar"])
+def test_a_broken_pattern_is_named(pattern: str) -> None:
+    with pytest.raises(InputError, match=r"no images: 'x/"):
+        expand_sources(pattern)
+
+
+def test_a_source_named_twice_is_read_once(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "sa_0.tar", {"sa_0.jpg": encoded()})
+    assert expand_sources([tar, f"{tmp_path}/*.tar"]) == [tar]
+
+
 # --- which of them are used ---------------------------------------------------------------------------------------
 
 
@@ -227,17 +266,45 @@ def test_bad_samples_are_skipped_with_a_reason(tmp_path: Path) -> None:
     assert "truncated" in skipped["cut"]
     assert "cannot identify" in skipped["html"]
     assert "JSONDecodeError" in skipped["broken"]
-    assert "no image" in skipped["lonely"]
+    assert "without image" in skipped["lonely"]
     assert "seen before" in skipped["good"]
 
 
-def test_a_tar_cut_short_gives_what_is_whole(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "a.tar", {f"sa_{n}.jpg": encoded(size=(400, 300)) for n in range(4)})
-    whole = Path(path).read_bytes()
-    Path(path).write_bytes(whole[: len(whole) // 2])
-    samples, skipped = read(path)
-    assert 1 <= len(samples) < 4
-    assert any("unexpected end" in reason for reason in skipped.values())
+def damage(data: bytes, kind: str) -> bytes:
+    """A tar of four members, harmed behind the second one; `tarfile` itself is silent about most of these."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        third = tar.getmembers()[2].offset
+    return {
+        "within a member": data[: third + 700],
+        "between members": data[:third],
+        "within a header": data[: third + 100],
+        "header overwritten": data[:third] + b"x" * 512 + data[third + 512 :],
+        "zeroed": data[:third] + bytes(2048) + data[third + 2048 :],
+        "no end mark": data[:third] + data[third:].rstrip(b"\0"),
+    }[kind]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    "kind", ["within a member", "between members", "within a header", "header overwritten", "zeroed", "no end mark"]
+)
+def test_a_damaged_tar_gives_what_is_whole_and_says_so(kind: str, compressed: bool, tmp_path: Path) -> None:
+    path = Path(write_tar(tmp_path / "a.tar", {f"sa_{n}.jpg": encoded(size=(400, 300)) for n in range(4)}))
+    data = damage(path.read_bytes(), kind)
+    path.write_bytes(gzip.compress(data) if compressed else data)
+    samples, skipped = read(str(path))
+    assert [sample.key for sample in samples][:2] == ["sa_0", "sa_1"]
+    assert len(samples) == (4 if kind == "no end mark" else 2)
+    assert list(skipped) == [str(path)]
+    assert "cut short or damaged" in skipped[str(path)]
+    with pytest.raises(InputError, match="cannot read pipe:cat"):  # what comes from afar can be asked for again
+        read(f"pipe:cat {path}")
+
+
+def test_a_download_that_breaks_off_stops_the_run(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"sa_{n}.jpg": encoded() for n in range(4)})
+    with pytest.raises(InputError, match="cannot read pipe:"):
+        read(f"pipe:cat {path}; exit 3")
 
 
 def test_what_is_no_tar_at_all_stops_the_run(tmp_path: Path) -> None:
@@ -247,12 +314,34 @@ def test_what_is_no_tar_at_all_stops_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode"), [("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "LA"), ("PNG", "P"), ("PNG", "1")]
+    ("kind", "mode", "tolerance"),
+    [("PNG", "RGB", 0), ("PNG", "RGBA", 0), ("WEBP", "RGBA", 8), ("JPEG", "CMYK", 8), ("PNG", "P", 51)],
 )
-def test_other_colour_modes_become_rgb(kind: str, mode: str) -> None:
-    image = decode_image(encoded(kind, mode))
+def test_colour_modes_keep_their_colours(kind: str, mode: str, tolerance: int) -> None:
+    expected = np.linspace(0, 255, 40 * 30 * 3).reshape(30, 40, 3).astype(np.uint8)
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 98} if kind == "JPEG" else {}
+    image = decode_image(encoded(kind, mode, **options))
+    assert (image.shape, image.dtype) == ((30, 40, 3), np.uint8)
+    assert np.abs(image.astype(int) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1"])
+def test_gray_becomes_three_equal_channels(mode: str) -> None:
+    image = decode_image(encoded("PNG", mode))
     assert image.shape == (30, 40, 3)
-    assert image.dtype == np.uint8
+    assert np.array_equal(image, np.repeat(image[..., :1], 3, axis=2))
+    assert image[0, 0, 0] < image[-1, -1, 0]
+
+
+def test_alpha_is_dropped_not_blended() -> None:
+    pixels = np.full((4, 4, 4), (200, 100, 50, 0), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    assert (decode_image(buffer.getvalue()) == (200, 100, 50)).all()
+
+
+def test_a_very_wide_image_is_read() -> None:
+    assert decode_image(encoded("JPEG", size=(20_000, 64))).shape == (64, 20_000, 3)
 
 
 def test_sixteen_bits_become_the_upper_eight() -> None:
@@ -270,6 +359,16 @@ def test_exif_orientation_is_applied() -> None:
     turned = decode_image(encoded(exif=exif.tobytes()))
     assert turned.shape == (40, 30, 3)
     assert np.array_equal(turned, np.rot90(upright, -1))
+
+
+def test_damaged_exif_costs_one_image_at_most(tmp_path: Path) -> None:
+    orientation = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    resolution = struct.pack("<HHI4s", 0x011A, 2, 4, b"abc")  # a number, written as text
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + orientation + resolution + bytes(4)
+    tar = write_tar(tmp_path / "x.tar", {"odd.jpg": encoded(exif=exif), "good.jpg": encoded()})
+    samples, skipped = read(tar)
+    assert [sample.key for sample in samples][-1] == "good"
+    assert len(samples) + len(skipped) == 2
 
 
 def test_a_single_pixel_is_an_image() -> None:

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 
 from embeddings_cache import precompute as module
 from embeddings_cache.format import CacheIdentity, CacheInfo
-from embeddings_cache.images import Share, read_images
+from embeddings_cache.images import read_images
 from embeddings_cache.precompute import cache_identity, precompute
 from embeddings_cache.preprocess import resize_longest_side
 from embeddings_cache.reader import EmbeddingsCache, shard_paths
+from embeddings_cache.sources import Share
 from embeddings_cache.teacher import load_teacher
 from students import InputError
 from support import ROOT
@@ -236,6 +237,76 @@ def test_bad_samples_are_recorded_up_to_a_share(
     lines = [json.loads(line) for line in (tmp_path / "c" / "skipped.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["sa_0", "sa_1"]
     assert all("truncated" in line["reason"].lower() for line in lines)
+
+
+def test_a_run_that_goes_wrong_early_stops_early(
+    tmp_path: Path,
+    sam: Sam,
+    identity: CacheIdentity,
+    scene_tar: Path,
+    accelerator: Accelerator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "ENOUGH_TO_JUDGE", 3)
+    tar = damaged_tar(tmp_path / "bad.tar", scene_tar, broken=8)
+    with pytest.raises(InputError, match="3 of 3 samples are bad"):
+        fill(tmp_path / "c", sam, identity, tar, accelerator, max_skipped=0.5)
+    # Images that are there already count as good ones: going on must not be stricter than going through.
+    monkeypatch.setattr(module, "ENOUGH_TO_JUDGE", 1000)
+    fill(tmp_path / "d", sam, identity, scene_tar, accelerator)
+    (tmp_path / "d" / "shard-00000-00002.h5").unlink()
+    monkeypatch.setattr(module, "ENOUGH_TO_JUDGE", 3)
+    tar = damaged_tar(tmp_path / "worse.tar", scene_tar, broken=20)
+    with tarfile.open(tar, "a") as target, tarfile.open(scene_tar) as source:
+        for member in source.getmembers()[40:]:
+            target.addfile(member, source.extractfile(member))
+    assert fill(tmp_path / "d", sam, identity, tar, accelerator, max_skipped=0.2).complete
+
+
+def test_a_shard_that_was_removed_is_made_again(
+    tmp_path: Path, cache_dir: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
+) -> None:
+    fill(tmp_path, sam, identity, scene_tar, accelerator)
+    shard_paths(tmp_path)[1].unlink()
+    with pytest.raises(InputError, match="has lost a shard: run stage=precompute"):
+        EmbeddingsCache(tmp_path)
+    assert fill(tmp_path, sam, identity, scene_tar, accelerator).images == 24
+    assert EmbeddingsCache(tmp_path).keys == EmbeddingsCache(cache_dir).keys
+
+
+def test_shards_of_another_cache_are_refused(
+    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
+) -> None:
+    fill(tmp_path, sam, identity, scene_tar, accelerator)
+    (tmp_path / "cache.json").unlink()
+    with pytest.raises(InputError, match=r"shard-00000-00000\.h5 is of another cache: SHA-256 of the"):
+        fill(tmp_path, sam, replace(identity, teacher_sha256="0" * 64), scene_tar, accelerator)
+
+
+def test_a_damaged_cache_json_is_named(
+    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
+) -> None:
+    (tmp_path / "cache.json").write_text('{"format": "sam-distill embeddings cache", "version": 1, "identity": {}}')
+    with pytest.raises(InputError, match=r"cache\.json is damaged"):
+        fill(tmp_path, sam, identity, scene_tar, accelerator)
+
+
+def test_more_shards_than_files_may_be_open(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embeddings_cache.reader.FILES_OPEN", 1)
+    cache = EmbeddingsCache(cache_dir)
+    for index in (0, 23, 5, 12, 0, 23):
+        assert cache[index].key == cache.keys[index]
+
+
+def test_a_long_list_of_images_fits_into_a_shard(
+    tmp_path: Path, sam: Sam, scene_tar: Path, accelerator: Accelerator
+) -> None:
+    images = [f"somewhere/far/away/sa_{n:06d}.tar" for n in range(5000)]
+    identity = cache_identity(sam, "toy", dtype="float16", jpeg_quality=95, images=images, fraction=1.0)
+    assert fill(tmp_path, sam, identity, scene_tar, accelerator).images == 24
+    other = cache_identity(sam, "toy", dtype="float16", jpeg_quality=95, images=images[1:], fraction=1.0)
+    with pytest.raises(InputError, match=r"data\.images: '5000 sources, SHA-256"):
+        fill(tmp_path, sam, other, scene_tar, accelerator)
 
 
 def test_no_readable_image_at_all_is_an_error(

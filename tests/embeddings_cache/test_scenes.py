@@ -46,7 +46,7 @@ def test_tar_is_laid_out_as_sa1b(tmp_path: Path) -> None:
         content = json.loads(tar.extractfile("sa_5.json").read())
     assert content["image"]["image_id"] == 5
     assert content["image"]["file_name"] == "sa_5.jpg"
-    masks = decode_masks(json.dumps(content))
+    masks = list(decode_masks(json.dumps(content)))
     assert len(masks) == len(content["annotations"])
     for entry, mask in zip(content["annotations"], masks, strict=True):
         assert entry["area"] == mask.sum()

@@ -83,20 +83,23 @@ class Bomb:
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
     torch.save({"model": Bomb(tmp_path / "ran")}, tmp_path / "evil.pth")
-    with pytest.raises(InputError, match="is not a checkpoint that can be read safely"):
+    with pytest.raises(InputError, match="holds more than tensors: not loaded"):
         load_teacher("vit_b", str(tmp_path / "evil.pth"), 1024)
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04 not a zip"])
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>404</html>", b"PK\x03\x04 not a zip", b"hello world", b"error: not found"]
+)
 def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.pth is not a checkpoint"):
         load_teacher("vit_b", str(tmp_path / "x.pth"), 1024)
 
 
-def test_a_tensor_is_no_state_dict(tmp_path: Path) -> None:
-    torch.save(torch.zeros(3), tmp_path / "x.pth")
+@pytest.mark.parametrize("content", [torch.zeros(3), {1: torch.zeros(3)}, {"weight": 3}])
+def test_other_contents_are_no_state_dict(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.pth")
     with pytest.raises(InputError, match="holds no state dict"):
         load_teacher("vit_b", str(tmp_path / "x.pth"), 1024)
 

@@ -37,6 +37,16 @@ def test_foreign_and_missing_files_are_refused(tmp_path: Path) -> None:
         load_student(tmp_path / "missing.safetensors")
 
 
+@pytest.mark.parametrize(
+    "said", ["{", "[]", '{"size": 3}', '{"name": "repvit_m0_9", "overrides": {"checkpoint_path": "x"}}']
+)
+def test_a_config_that_makes_no_sense_is_refused(said: str, tmp_path: Path) -> None:
+    metadata = {"format": "sam-distill student", "student": said}
+    save_file({"weight": torch.zeros(2)}, tmp_path / "s.safetensors", metadata)
+    with pytest.raises(InputError, match=r"does not say what student it holds|has no 'checkpoint_path'"):
+        load_student(tmp_path / "s.safetensors")
+
+
 def test_weights_that_do_not_fit_their_config_are_refused(tmp_path: Path) -> None:
     student = create_student("repvit_m0_9", image_size=128, **NUMBERS)
     object.__setattr__(student.config, "embed_dim", 32)

@@ -83,7 +83,12 @@ def test_gradients_reach_every_parameter(name: str) -> None:
         ({"name": "repvit_m9"}, "unknown student 'repvit_m9'"),
         ({"name": "resnet50"}, "unknown student"),
         ({"name": "repvit_m0_9", "image_size": 1000}, "not a multiple of 64"),
-        ({"name": "repvit_m0_9", "colour": "red"}, "colour"),
+        ({"name": "repvit_m0_9", "colour": "red"}, "has no 'colour' to override; it has .*depths.*widths"),
+        ({"name": "repvit_m0_9", "checkpoint_path": "x.pth"}, "has no 'checkpoint_path'"),
+        ({"name": "repvit_m0_9", "features_only": True}, "has no 'features_only'"),
+        ({"name": "repvit_m0_9", "widths": [8, 16, 24]}, "overrides|four stages"),
+        ({"name": "repvit_m0_9", "widths": [8, 16, 24], "depths": [1, 1, 1]}, "needs four stages, not 3"),
+        ({"name": "repvit_m0_9", "widths": [8] * 5, "depths": [1] * 5}, "needs four stages, not 5"),
         ({"name": "tiny_vit_5m", "widths": [10, 20, 30, 41]}, "overrides"),
     ],
 )

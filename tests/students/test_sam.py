@@ -53,6 +53,8 @@ def test_student_serves_the_automatic_mask_generator(scene: np.ndarray) -> None:
     assert all(record["segmentation"].shape == scene.shape[:2] for record in records)
 
 
-def test_sizes_that_do_not_fit_are_refused() -> None:
+def test_what_does_not_fit_the_decoder_is_refused() -> None:
+    with pytest.raises(ValueError, match="makes 32 channels, the decoder takes 64"):
+        build_student_sam(create_student("repvit_m0_9", 128, **{**TINY, "embed_dim": 32}), build_toy_teacher(128))
     with pytest.raises(ValueError, match="192 px"):
         build_student_sam(create_student("repvit_m0_9", 192, **TINY), build_toy_teacher(128))
