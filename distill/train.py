@@ -94,7 +94,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
                 mean = mean_over_processes(losses, accelerator, step)
                 rate = len(losses) * plan.micro_batch * accelerator.num_processes / (time.perf_counter() - since)
                 metrics.write(step, epoch, {"loss": mean, "lr": plan.lr(step - 1), "images_per_second": rate})
-                progress.set_postfix(loss=f"{mean:.4f}")
+                progress.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 losses, since = [], time.perf_counter()
             if step % plan.steps_per_epoch == 0:
                 metrics.write(step, epoch, validate(student, val_loader, accelerator))
