@@ -38,16 +38,13 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
         InputError: no finished cache, one of another recipe or teacher, or fewer images than a batch takes.
     """
     run_dir = Path(recipe.run_dir)
-    if trained_student(recipe).exists() and read_info(Path(recipe.cache.dir)) is None:
-        accelerator.print(f"train: {trained_student(recipe)} is there already")
-        return
-    cache = open_cache(recipe)
-    if accelerator.is_main_process:
-        bind_cache(recipe, cache.info.identity)
-    accelerator.wait_for_everyone()
+    info = read_info(Path(recipe.cache.dir))
+    if info is not None and accelerator.is_main_process:
+        bind_cache(recipe, info.identity)
     if trained_student(recipe).exists():
         accelerator.print(f"train: {trained_student(recipe)} is there already")
         return
+    cache = open_cache(recipe)
     train_rows, val_rows = cache.split(recipe.data.val_images)
     plan = Plan.of(recipe, len(train_rows), accelerator.num_processes)
     set_seed(recipe.seed)

@@ -3,9 +3,11 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -40,25 +42,26 @@ def identity(sam: Sam, scene_tar: Path) -> CacheIdentity:
     return cache_identity(sam, "toy", dtype="float16", jpeg_quality=95, images=str(scene_tar), fraction=1.0)
 
 
+Make = Callable[..., CacheInfo]
+
+
 @pytest.fixture(scope="module")
-def cache_dir(
-    tmp_path_factory: pytest.TempPathFactory,
-    sam: Sam,
-    identity: CacheIdentity,
-    scene_tar: Path,
-    accelerator: Accelerator,
-) -> Path:
+def make(sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator) -> Make:
+    """Precompute the shared scenes, or another tar, into a directory; ten rows a shard."""
+
+    def run(directory: Path, identity: CacheIdentity = identity, tar: Path = scene_tar, **options: Any) -> CacheInfo:
+        settings = {"batch_size": 5, "images_per_shard": 10, **options}
+        return precompute(directory, sam, identity, lambda: [str(tar)], accelerator, **settings)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory, make: Make) -> Path:
     """A finished cache of the 24 scenes in three shards."""
     directory = tmp_path_factory.mktemp("cache")
-    fill(directory, sam, identity, scene_tar, accelerator)
+    make(directory)
     return directory
-
-
-def fill(
-    directory: Path, sam: Sam, identity: CacheIdentity, tar: Path, accelerator: Accelerator, **options: float
-) -> CacheInfo:
-    settings = {"batch_size": 5, "images_per_shard": 10, **options}
-    return precompute(directory, sam, identity, lambda: [str(tar)], accelerator, **settings)  # type: ignore[arg-type]
 
 
 def contents(directory: Path) -> dict[str, tuple[bytes, bytes]]:
@@ -87,9 +90,9 @@ def test_embedding_is_the_teachers_of_the_stored_pixels(cache_dir: Path, sam: Sa
 
 
 def test_png_keeps_the_resized_pixels_exactly(
-    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
+    tmp_path: Path, identity: CacheIdentity, scene_tar: Path, make: Make
 ) -> None:
-    fill(tmp_path, sam, replace(identity, jpeg_quality="png"), scene_tar, accelerator)
+    make(tmp_path, identity=replace(identity, jpeg_quality="png"))
     originals = {sample.key: sample.image for sample in read_images([Share(str(scene_tar))])}
     for row in EmbeddingsCache(tmp_path):
         assert np.array_equal(row.pixels(), resize_longest_side(originals[row.key], SIZE))
@@ -114,10 +117,8 @@ def test_a_shard_can_be_read_with_h5py_alone(cache_dir: Path, identity: CacheIde
     assert (described["version"], described["complete"], described["images"], described["shards"]) == (1, True, 24, 3)
 
 
-def test_a_flipped_bit_is_noticed(
-    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
-) -> None:
-    fill(tmp_path, sam, identity, scene_tar, accelerator)
+def test_a_flipped_bit_is_noticed(tmp_path: Path, make: Make) -> None:
+    make(tmp_path)
     shard = shard_paths(tmp_path)[0]
     with h5py.File(shard) as file:
         offset = file["embeddings"].id.get_chunk_info(0).byte_offset
@@ -143,14 +144,7 @@ def test_a_finished_cache_needs_no_tar_any_more(
 
 @pytest.mark.parametrize("at", [3, 11, 23])
 def test_resumes_after_a_crash_and_redoes_one_shard_at_most(
-    at: int,
-    tmp_path: Path,
-    cache_dir: Path,
-    sam: Sam,
-    identity: CacheIdentity,
-    scene_tar: Path,
-    accelerator: Accelerator,
-    monkeypatch: pytest.MonkeyPatch,
+    at: int, tmp_path: Path, cache_dir: Path, sam: Sam, monkeypatch: pytest.MonkeyPatch, make: Make
 ) -> None:
     original = module.encode
     seen: list[int] = []
@@ -163,14 +157,14 @@ def test_resumes_after_a_crash_and_redoes_one_shard_at_most(
 
     monkeypatch.setattr(module, "encode", crashing)
     with pytest.raises(RuntimeError, match="power cut"):
-        fill(tmp_path, sam, identity, scene_tar, accelerator, batch_size=1)
+        make(tmp_path, batch_size=1)
     (tmp_path / ".tmp-shard-00000-00007.h5").write_bytes(b"what a kill leaves behind")
     with pytest.raises(InputError, match="not finished"):
         EmbeddingsCache(tmp_path)
 
     again: list[int] = []
     monkeypatch.setattr(module, "encode", lambda *a: (again.append(len(a[1])), original(*a))[1])
-    fill(tmp_path, sam, identity, scene_tar, accelerator, batch_size=1)
+    make(tmp_path, batch_size=1)
     assert sum(again) == 24 - at // 10 * 10
     assert not list(tmp_path.glob(".tmp-*"))
     assert {key: pixels for key, (_, pixels) in contents(tmp_path).items()} == {
@@ -194,25 +188,23 @@ def test_resumes_after_a_crash_and_redoes_one_shard_at_most(
     ],
 )
 def test_another_cache_is_refused_by_name(
-    change: dict, named: str, cache_dir: Path, sam: Sam, identity: CacheIdentity, accelerator: Accelerator
+    change: dict, named: str, cache_dir: Path, identity: CacheIdentity, make: Make
 ) -> None:
     with pytest.raises(InputError) as error:
-        fill(cache_dir, sam, replace(identity, **change), Path("x"), accelerator)
+        make(cache_dir, identity=replace(identity, **change), tar=Path("x"))
     assert named in str(error.value)
 
 
-def test_a_cache_in_use_is_refused(
-    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
-) -> None:
+def test_a_cache_in_use_is_refused(tmp_path: Path, make: Make) -> None:
     code = "import sys; from pathlib import Path; from embeddings_cache.files import sole_user\n"
     code += "with sole_user(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="in use by another run"):
-            fill(tmp_path, sam, identity, scene_tar, accelerator)
+            make(tmp_path)
         holder.communicate("")
-    assert fill(tmp_path, sam, identity, scene_tar, accelerator).complete
+    assert make(tmp_path).complete
 
 
 def damaged_tar(path: Path, scene_tar: Path, broken: int) -> Path:
@@ -226,13 +218,11 @@ def damaged_tar(path: Path, scene_tar: Path, broken: int) -> Path:
     return path
 
 
-def test_bad_samples_are_recorded_up_to_a_share(
-    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
-) -> None:
+def test_bad_samples_are_recorded_up_to_a_share(tmp_path: Path, scene_tar: Path, make: Make) -> None:
     tar = damaged_tar(tmp_path / "bad.tar", scene_tar, broken=2)
     with pytest.raises(InputError, match=r"2 of 20 samples are bad, more than data.max_skipped=0.05.*sa_0.*Truncated"):
-        fill(tmp_path / "c", sam, identity, tar, accelerator, max_skipped=0.05)
-    info = fill(tmp_path / "c", sam, identity, tar, accelerator, max_skipped=0.1)
+        make(tmp_path / "c", tar=tar, max_skipped=0.05)
+    info = make(tmp_path / "c", tar=tar, max_skipped=0.1)
     assert (info.images, info.skipped) == (18, 2)
     lines = [json.loads(line) for line in (tmp_path / "c" / "skipped.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == ["sa_0", "sa_1"]
@@ -240,55 +230,44 @@ def test_bad_samples_are_recorded_up_to_a_share(
 
 
 def test_a_run_that_goes_wrong_early_stops_early(
-    tmp_path: Path,
-    sam: Sam,
-    identity: CacheIdentity,
-    scene_tar: Path,
-    accelerator: Accelerator,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, scene_tar: Path, monkeypatch: pytest.MonkeyPatch, make: Make
 ) -> None:
     monkeypatch.setattr(module, "ENOUGH_TO_JUDGE", 3)
     tar = damaged_tar(tmp_path / "bad.tar", scene_tar, broken=8)
     with pytest.raises(InputError, match="3 of 3 samples are bad"):
-        fill(tmp_path / "c", sam, identity, tar, accelerator, max_skipped=0.5)
+        make(tmp_path / "c", tar=tar, max_skipped=0.5)
     # Images that are there already count as good ones: going on must not be stricter than going through.
     monkeypatch.setattr(module, "ENOUGH_TO_JUDGE", 1000)
-    fill(tmp_path / "d", sam, identity, scene_tar, accelerator)
+    make(tmp_path / "d")
     (tmp_path / "d" / "shard-00000-00002.h5").unlink()
     monkeypatch.setattr(module, "ENOUGH_TO_JUDGE", 3)
     tar = damaged_tar(tmp_path / "worse.tar", scene_tar, broken=20)
     with tarfile.open(tar, "a") as target, tarfile.open(scene_tar) as source:
         for member in source.getmembers()[40:]:
             target.addfile(member, source.extractfile(member))
-    assert fill(tmp_path / "d", sam, identity, tar, accelerator, max_skipped=0.2).complete
+    assert make(tmp_path / "d", tar=tar, max_skipped=0.2).complete
 
 
-def test_a_shard_that_was_removed_is_made_again(
-    tmp_path: Path, cache_dir: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
-) -> None:
-    fill(tmp_path, sam, identity, scene_tar, accelerator)
+def test_a_shard_that_was_removed_is_made_again(tmp_path: Path, cache_dir: Path, make: Make) -> None:
+    make(tmp_path)
     shard_paths(tmp_path)[1].unlink()
     with pytest.raises(InputError, match="has lost a shard: run stage=precompute"):
         EmbeddingsCache(tmp_path)
-    assert fill(tmp_path, sam, identity, scene_tar, accelerator).images == 24
+    assert make(tmp_path).images == 24
     assert EmbeddingsCache(tmp_path).keys == EmbeddingsCache(cache_dir).keys
 
 
-def test_shards_of_another_cache_are_refused(
-    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
-) -> None:
-    fill(tmp_path, sam, identity, scene_tar, accelerator)
+def test_shards_of_another_cache_are_refused(tmp_path: Path, identity: CacheIdentity, make: Make) -> None:
+    make(tmp_path)
     (tmp_path / "cache.json").unlink()
     with pytest.raises(InputError, match=r"shard-00000-00000\.h5 is of another cache: SHA-256 of the"):
-        fill(tmp_path, sam, replace(identity, teacher_sha256="0" * 64), scene_tar, accelerator)
+        make(tmp_path, identity=replace(identity, teacher_sha256="0" * 64))
 
 
-def test_a_damaged_cache_json_is_named(
-    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
-) -> None:
+def test_a_damaged_cache_json_is_named(tmp_path: Path, make: Make) -> None:
     (tmp_path / "cache.json").write_text('{"format": "sam-distill embeddings cache", "version": 1, "identity": {}}')
     with pytest.raises(InputError, match=r"cache\.json is damaged"):
-        fill(tmp_path, sam, identity, scene_tar, accelerator)
+        make(tmp_path)
 
 
 def test_more_shards_than_files_may_be_open(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,29 +277,23 @@ def test_more_shards_than_files_may_be_open(cache_dir: Path, monkeypatch: pytest
         assert cache[index].key == cache.keys[index]
 
 
-def test_a_long_list_of_images_fits_into_a_shard(
-    tmp_path: Path, sam: Sam, scene_tar: Path, accelerator: Accelerator
-) -> None:
+def test_a_long_list_of_images_fits_into_a_shard(tmp_path: Path, sam: Sam, make: Make) -> None:
     images = [f"somewhere/far/away/sa_{n:06d}.tar" for n in range(5000)]
-    identity = cache_identity(sam, "toy", dtype="float16", jpeg_quality=95, images=images, fraction=1.0)
-    assert fill(tmp_path, sam, identity, scene_tar, accelerator).images == 24
+    listed = cache_identity(sam, "toy", dtype="float16", jpeg_quality=95, images=images, fraction=1.0)
+    assert make(tmp_path, identity=listed).images == 24
     other = cache_identity(sam, "toy", dtype="float16", jpeg_quality=95, images=images[1:], fraction=1.0)
     with pytest.raises(InputError, match=r"data\.images: '5000 sources, SHA-256"):
-        fill(tmp_path, sam, other, scene_tar, accelerator)
+        make(tmp_path, identity=other)
 
 
-def test_no_readable_image_at_all_is_an_error(
-    tmp_path: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
-) -> None:
+def test_no_readable_image_at_all_is_an_error(tmp_path: Path, scene_tar: Path, make: Make) -> None:
     tar = damaged_tar(tmp_path / "bad.tar", scene_tar, broken=20)
     with pytest.raises(InputError, match="no image could be read from"):
-        fill(tmp_path / "c", sam, identity, tar, accelerator)
+        make(tmp_path / "c", tar=tar)
 
 
-def test_a_fraction_takes_a_stable_part(
-    tmp_path: Path, cache_dir: Path, sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator
-) -> None:
-    fill(tmp_path, sam, replace(identity, data_fraction=0.5), scene_tar, accelerator)
+def test_a_fraction_takes_a_stable_part(tmp_path: Path, cache_dir: Path, identity: CacheIdentity, make: Make) -> None:
+    make(tmp_path, identity=replace(identity, data_fraction=0.5))
     half = EmbeddingsCache(tmp_path)
     assert 4 < len(half) < 20
     assert set(half.keys) < set(EmbeddingsCache(cache_dir).keys)

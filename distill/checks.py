@@ -1,0 +1,85 @@
+"""Which values of a recipe make sense; each that does not is one line that names it, its origin and what would do."""
+
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from distill.schema import IMAGES, STAGES, Recipe
+from embeddings_cache.format import DTYPES
+from embeddings_cache.scenes import scene_count
+from embeddings_cache.teacher import TEACHERS
+from students import InputError, list_students
+
+CHOICES: dict[str, Callable[[], Sequence[str]]] = {
+    "stage": lambda: ("all", *STAGES),
+    "student.name": list_students,
+    "student.downsample": lambda: ("stride1",),
+    "teacher.name": lambda: TEACHERS,
+    "cache.dtype": lambda: DTYPES,
+    "train.mixed_precision": lambda: ("no", "bf16", "fp16"),
+    "evaluate.task": lambda: ("masks",),
+}
+CHOICES_OF_EACH: dict[str, tuple[str, ...]] = {"export.formats": ("onnx",), "train.loss": ("mse",)}
+
+AT_LEAST_ONE = (
+    "teacher.batch_size", "data.val_images", "cache.images_per_shard", "train.batch_size",
+    "train.accumulate", "train.checkpoint_every", "train.log_every", "evaluate.masks_per_image", "evaluate.grid",
+)  # fmt: skip
+NOT_NEGATIVE = ("seed", "train.epochs", "data.max_skipped", "train.weight_decay", "train.warmup_steps", "train.workers")
+POSITIVE = ("data.fraction", "train.lr", "train.clip_norm")
+
+
+def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
+    """Raise `InputError` for the first value that makes no sense; `origin` says where a key's value came from."""
+    config = OmegaConf.structured(recipe)
+
+    def refuse(key: str, value: Any, expected: str) -> None:
+        raise InputError(f"{origin(key)}: {key}={value}{expected}")
+
+    for key, choices in CHOICES.items():
+        if (value := OmegaConf.select(config, key)) not in choices():
+            refuse(key, value, " is not known" + nearest(value, choices()))
+    for key, known in CHOICES_OF_EACH.items():
+        for value in OmegaConf.select(config, key):
+            if value not in known:
+                refuse(key, value, " is not known" + nearest(value, known))
+    for keys, holds, expected in (
+        (AT_LEAST_ONE, lambda v: v >= 1, " is less than 1"),
+        (NOT_NEGATIVE, lambda v: v >= 0, " is negative"),
+        (POSITIVE, lambda v: v > 0, " is not above 0"),
+    ):
+        for key in keys:
+            if (value := OmegaConf.select(config, key)) is not None and not holds(value):
+                refuse(key, value, expected)
+    if recipe.image_size < 64 or recipe.image_size % 64:
+        refuse("image_size", recipe.image_size, " is not a multiple of 64")
+    if recipe.data.fraction > 1:
+        refuse("data.fraction", recipe.data.fraction, " is more than 1")
+    batch, accumulate = recipe.train.batch_size, recipe.train.accumulate
+    if batch % accumulate:
+        refuse("train.batch_size", batch, f" does not divide by train.accumulate={accumulate}")
+    quality = recipe.cache.jpeg_quality
+    if quality != "png" and (type(quality) is not int or not 1 <= quality <= 100):
+        refuse("cache.jpeg_quality", quality, " is neither 1-100 nor png")
+    weights = recipe.train.loss
+    if min(weights.values(), default=0) < 0 or not any(weights.values()):
+        refuse("train.loss", weights, ": weights are not negative, and one is more than 0")
+    if not recipe.data.images:
+        refuse("data.images", recipe.data.images, ": say which tars or folder to use")
+    for key, images in zip(IMAGES, (recipe.data.images, recipe.evaluate.data), strict=True):
+        listed = images if isinstance(images, list) else [images or ""]
+        if not all(isinstance(source, str) for source in listed):
+            refuse(key, images, " is neither text nor a list of texts")
+    if scene_count(recipe.evaluate.data):
+        refuse("evaluate.data", recipe.evaluate.data, ": scenes are made for data.images only")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'x'?`, or what is known where nothing is near."""
+    known = list(known)
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if len(known) <= 16 else "; --help lists what is known"

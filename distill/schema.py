@@ -1,0 +1,130 @@
+"""What a recipe may say: every key with its type, its default, and the comment that `--help` shows."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import yaml
+
+STAGES = ("precompute", "train", "evaluate", "export", "report")
+
+IMAGES = ("data.images", "evaluate.data")
+"""Keys that name images."""
+
+SHAPES_THE_STUDENT = (
+    "seed", "image_size", "student", "teacher.name", "data.images", "data.fraction", "data.val_images", "cache.dtype",
+    "cache.jpeg_quality", "train.epochs", "train.batch_size", "train.accumulate", "train.lr", "train.weight_decay",
+    "train.warmup_steps", "train.clip_norm", "train.loss", "train.mixed_precision",
+)  # fmt: skip
+"""Keys (or sections) that decide what comes out of training; the rest says where, how fast, or what comes after."""
+
+
+# The comment behind each field is what `--help` says of it.
+
+
+@dataclass
+class StudentRecipe:
+    name: str = "repvit_m2_3"  # backbone: a timm repvit_* or tiny_vit_*
+    downsample: str = "stride1"  # how the last stage stays at stride 16: stride1, as RepViT-SAM and MobileSAM do
+    pretrained: bool = False  # start from timm's ImageNet weights (downloaded)
+    overrides: dict[str, Any] = field(default_factory=dict)  # backbone numbers to change: widths, depths, ...
+
+
+@dataclass
+class TeacherRecipe:
+    name: str = "vit_h"  # vit_h, vit_l, vit_b (also fine-tuned), or toy, which needs no weights
+    checkpoint: str | None = None  # weights in segment-anything's layout (.pth); not for toy
+    batch_size: int = 1  # images a teacher pass, in each process
+
+
+@dataclass
+class DataRecipe:
+    images: Any = None  # tars, globs, brace patterns, URLs, pipe: commands or folders, one or a list; scenes:N makes N
+    fraction: float = 1.0  # share of the images to use: whole tars first, then keys by hash
+    val_images: int = 100  # images held out by hash, never trained on
+    max_skipped: float = 0.01  # share of bad samples above which precompute stops
+
+
+@dataclass
+class CacheRecipe:
+    dir: str = "caches/${teacher.name}-${image_size}px"  # where the embeddings go; recipes of one teacher may share it
+    dtype: str = "float16"  # how embeddings are stored
+    images_per_shard: int = 256  # rows a shard, and so what a crash costs at most
+    jpeg_quality: Any = 95  # 1-100, or png for lossless; teacher and student see the picture after this
+
+
+@dataclass
+class TrainRecipe:
+    epochs: int = 8  # passes over the training images; 0 leaves the student untrained, to compare with
+    batch_size: int = 8  # images an optimizer step, over all processes and accumulation steps
+    accumulate: int = 1  # forward passes an optimizer step: more of them need less memory
+    lr: float = 1e-3  # peak learning rate (AdamW)
+    weight_decay: float = 0.05  # of AdamW; not for norms and biases
+    warmup_steps: int = 500  # steps of linear warm-up (a tenth of the run at most), then cosine to 0
+    clip_norm: float = 1.0  # gradients are clipped to this norm
+    loss: dict[str, float] = field(default_factory=lambda: {"mse": 1.0})  # weight by loss; mse: of the embeddings
+    mixed_precision: str = "no"  # no, bf16 or fp16
+    workers: int | None = None  # processes that read the cache, for each training process; default: 4, on a CPU none
+    checkpoint_every: int = 1000  # optimizer steps between checkpoints
+    log_every: int = 10  # optimizer steps between lines of metrics.jsonl
+
+
+@dataclass
+class EvaluateRecipe:
+    task: str = "masks"  # what to measure
+    data: Any = None  # other images to evaluate on, tars or folders; default: the held-out images of the cache
+    masks_per_image: int = 64  # prompts an image at most, the first of its annotation
+    grid: int = 8  # images without annotations are prompted with grid x grid points
+
+
+@dataclass
+class ExportRecipe:
+    formats: list[str] = field(default_factory=lambda: ["onnx"])  # which files to make: onnx
+
+
+@dataclass
+class Recipe:
+    name: str = ""  # the recipe's name; from its file
+    stage: str = "all"  # all, or one of precompute, train, evaluate, export, report
+    seed: int = 0  # of weights and of the order of images
+    image_size: int = 1024  # side of the square input in pixels
+    run_dir: str = "runs/${name}"  # where results go
+    checkpoint: str | None = None  # student to evaluate or export; default: the run's own student.safetensors
+    student: StudentRecipe = field(default_factory=StudentRecipe)
+    teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    cache: CacheRecipe = field(default_factory=CacheRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    evaluate: EvaluateRecipe = field(default_factory=EvaluateRecipe)
+    export: ExportRecipe = field(default_factory=ExportRecipe)
+
+
+def describe_keys() -> Iterator[tuple[str, str, str]]:
+    """Key, default and comment of everything that a recipe may set, in order."""
+    yield from _describe(Recipe, "")
+
+
+def _describe(schema: type, prefix: str) -> Iterator[tuple[str, str, str]]:
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(schema), re.MULTILINE))
+    defaults = schema()
+    for entry in fields(schema):
+        default = getattr(defaults, entry.name)
+        if is_dataclass(default):
+            yield from _describe(type(default), f"{prefix}{entry.name}.")
+        else:
+            shown = yaml.safe_dump(default, default_flow_style=True).removesuffix("\n...\n").strip()
+            yield f"{prefix}{entry.name}", shown, comments.get(entry.name, "")
+
+
+def kinds(schema: type = Recipe, prefix: str = "") -> dict[str, Any]:
+    """The type of every key."""
+    found: dict[str, Any] = {}
+    for entry in fields(schema):
+        kind = entry.type
+        if isinstance(kind, type) and is_dataclass(kind):
+            found |= kinds(kind, f"{prefix}{entry.name}.")
+        else:
+            found[f"{prefix}{entry.name}"] = kind
+    return found
