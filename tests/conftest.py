@@ -12,6 +12,9 @@ from accelerate import Accelerator
 from embeddings_cache.scenes import write_scene_tar
 from support import IMAGES, ROOT, TINY, Cli, places
 
+os.environ["ACCELERATE_USE_CPU"] = "true"  # as CI; also for the processes that tests start
+torch.set_num_threads(1)  # the models here are so small that threads would only wait for each other
+
 
 @pytest.fixture(scope="session")
 def scene_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -19,9 +22,6 @@ def scene_tar(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("scenes") / "sa_000000.tar"
     write_scene_tar(path, range(IMAGES), longest_side=160)
     return path
-
-
-os.environ["ACCELERATE_USE_CPU"] = "true"  # as CI; also for the processes that tests start
 
 
 @pytest.fixture(scope="session")
