@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,7 @@ from distill.recipe import STAGES, Recipe, describe_keys, list_recipes, load_rec
 from distill.report import report
 from distill.run import chosen_student, claim_run_dir, open_cache, refuse_other_settings, trained_student
 from distill.train import check_batch, train
+from embeddings_cache.files import sole_user
 from embeddings_cache.format import read_info
 from embeddings_cache.precompute import cache_identity, precompute
 from embeddings_cache.scenes import scene_count, write_scene_tars
@@ -70,9 +72,6 @@ def run(recipe: Recipe) -> None:
     check_inputs(recipe, stages)
     accelerator = create_accelerator(recipe)
     use_all_cores(accelerator)
-    if accelerator.is_main_process:
-        claim_run_dir(recipe)
-    accelerator.wait_for_everyone()
     functions: dict[str, Callable[[Recipe, Accelerator], None]] = {
         "precompute": run_precompute,
         "train": train,
@@ -80,8 +79,13 @@ def run(recipe: Recipe) -> None:
         "export": export,
         "report": report,
     }
-    for stage in stages:
-        functions[stage](recipe, accelerator)
+    with ExitStack() as held:
+        if accelerator.is_main_process:
+            held.enter_context(sole_user(Path(recipe.run_dir)))
+            claim_run_dir(recipe)
+        accelerator.wait_for_everyone()
+        for stage in stages:
+            functions[stage](recipe, accelerator)
     if recipe.name == "quickstart" and scene_count(recipe.data.images):
         accelerator.print(REAL_RUN)
     accelerator.end_training()

@@ -16,13 +16,15 @@ from PIL import Image
 from segment_anything import sam_model_registry
 
 from distill.recipe import load_recipe
+from embeddings_cache.files import sole_user
 from embeddings_cache.reader import EmbeddingsCache, shard_paths
 from students import load_student
 from support import IMAGES, ROOT, TINY, Cli, places
 
 
 def modified(directory: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+    files = (path for path in directory.rglob("*") if path.is_file() and path.name != ".lock")
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 def test_every_stage_leaves_its_result(finished_run: Path) -> None:
@@ -129,6 +131,13 @@ def test_an_error_is_one_line_on_stderr(tmp_path: Path, cli: Cli) -> None:
         assert result.returncode == 2
         assert result.stderr == f"distill.py: {said}\n"
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_in_use_is_refused(finished_run: Path, scene_tar: Path, cli: Cli) -> None:
+    with sole_user(finished_run / "run"):
+        result = cli(*TINY, *places(finished_run, scene_tar))
+    assert result.returncode == 2
+    assert result.stderr == f"distill.py: {finished_run / 'run'} is in use by another run\n"
 
 
 def test_photographs_without_annotations_go_all_the_way(tmp_path: Path, scene_tar: Path, cli: Cli) -> None:
