@@ -160,7 +160,7 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
     if {"precompute", "evaluate", "report"} & set(stages):
         check_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
     info = read_info(Path(recipe.cache.dir))
-    if info is not None and {"precompute", "train"} & set(stages):
+    if info is not None and info.complete and {"precompute", "train"} & set(stages):
         refuse_other_settings(recipe, info.identity)
     if "precompute" in stages and not scene_count(recipe.data.images) and (info is None or not info.complete):
         pick_sources(expand_sources(recipe.data.images), recipe.data.fraction)

@@ -43,6 +43,9 @@ def report(recipe: Recipe, accelerator: Accelerator) -> None:
     result = run_dir / "report" / "report.json"
     if not is_current(result, inputs, accelerator) and accelerator.is_main_process:
         scores = read_json(evaluation)
+        exported = read_json(manifest) if manifest.exists() else {"files": {}, "made_from": {}}
+        if exported["made_from"].get("student_sha256") != scores["made_from"]["student_sha256"]:
+            exported["files"] = {}  # of another student
         # Another student, or other images, have not the curves of this run's training.
         lines = read_metrics(run_dir) if recipe.checkpoint is None and recipe.evaluate.data is None else []
         pictures = {"masks.png": draw_masks(recipe, scores["student_teacher_miou_by_image"], accelerator.device)}
@@ -60,7 +63,7 @@ def report(recipe: Recipe, accelerator: Accelerator) -> None:
                 "data": recipe.evaluate.data or recipe.data.images,
                 "held_out_mse_by_step": [[line["step"], line["val_mse"]] for line in lines if "val_mse" in line],
                 "evaluation": {name: scores[name] for name in ("images", "embedding", "miou")},
-                "export": read_json(manifest)["files"] if manifest.exists() else {},
+                "export": exported["files"],
                 "software": software_versions(),
                 "files": sorted(pictures),
                 "made_from": inputs,

@@ -93,13 +93,13 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
                 metrics.write(step, epoch, {"loss": mean, "lr": plan.lr(step - 1), "images_per_second": rate})
                 progress.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 losses, since = [], time.perf_counter()
+            pause = time.perf_counter()
             if step % plan.steps_per_epoch == 0:
                 metrics.write(step, epoch, validate(student, val_loader, accelerator))
                 student.train()
-                since = time.perf_counter()
             if step % recipe.train.checkpoint_every == 0 and step < plan.steps:
                 save_checkpoint(run_dir / "checkpoints", step, accelerator)
-                since = time.perf_counter()
+            since += time.perf_counter() - pause
 
     progress.close()
     accelerator.wait_for_everyone()

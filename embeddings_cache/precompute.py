@@ -86,7 +86,7 @@ def precompute(
         InputError: the directory holds another cache or is in use, no image could be read, or too many were bad.
     """
     info = read_info(directory)
-    if info is not None:
+    if info is not None and (info.complete or shard_paths(directory)):  # an empty one binds nobody
         refuse_other_cache(directory, info.identity, identity)
         if is_complete(directory, info):
             return info

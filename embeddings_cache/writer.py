@@ -8,13 +8,14 @@ import numpy as np
 from embeddings_cache.codec import CacheRow
 from embeddings_cache.files import TEMPORARY, publish
 from embeddings_cache.format import BYTES, FORMAT, UTF8, VERSION, CacheIdentity, software_versions
+from students import InputError
 
 
 class ShardWriter:
     """Rolls over a process's shards: `write` rows, then `close`.
 
     A crash costs the rows of the shard being written and nothing else; leaving the `with` block by an exception
-    drops that shard as well.
+    drops that shard as well, unless it is an `InputError`: that comes from between two rows.
     """
 
     def __init__(self, directory: Path, identity: CacheIdentity, rank: int, images_per_shard: int) -> None:
@@ -30,7 +31,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if kind is None or issubclass(kind, InputError):
             self.close()
         elif self._file is not None:
             self._file.close()

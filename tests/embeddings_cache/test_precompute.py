@@ -49,9 +49,17 @@ Make = Callable[..., CacheInfo]
 def make(sam: Sam, identity: CacheIdentity, scene_tar: Path, accelerator: Accelerator) -> Make:
     """Precompute the shared scenes, or another tar, into a directory; ten rows a shard."""
 
-    def run(directory: Path, identity: CacheIdentity = identity, tar: Path = scene_tar, **options: Any) -> CacheInfo:
+    def run(
+        directory: Path,
+        identity: CacheIdentity = identity,
+        tar: Path = scene_tar,
+        tars: list[Path] | None = None,
+        **options: Any,
+    ) -> CacheInfo:
         settings = {"batch_size": 5, "images_per_shard": 10, **options}
-        return precompute(directory, sam, identity, lambda: [str(tar)], accelerator, **settings)
+        return precompute(
+            directory, sam, identity, lambda: [str(path) for path in tars or [tar]], accelerator, **settings
+        )
 
     return run
 
@@ -246,6 +254,23 @@ def test_a_run_that_goes_wrong_early_stops_early(
         for member in source.getmembers()[40:]:
             target.addfile(member, source.extractfile(member))
     assert make(tmp_path / "d", tar=tar, max_skipped=0.2).complete
+
+
+def test_what_was_read_before_a_bad_source_is_kept(tmp_path: Path, scene_tar: Path, make: Make) -> None:
+    (tmp_path / "bad.tar").write_bytes(b"<html>404</html>" * 100)
+    tars = [scene_tar, tmp_path / "bad.tar"]
+    with pytest.raises(InputError, match=r"cannot read .*bad\.tar"):
+        make(tmp_path / "c", tars=tars, batch_size=1)
+    with h5py.File(shard_paths(tmp_path / "c")[-1]) as file:
+        assert len(file["keys"]) == 4
+    assert make(tmp_path / "c").images == 24
+
+
+def test_an_empty_cache_binds_nobody(tmp_path: Path, identity: CacheIdentity, make: Make) -> None:
+    (tmp_path / "bad.tar").write_bytes(b"<html>404</html>" * 100)
+    with pytest.raises(InputError, match="cannot read"):
+        make(tmp_path / "c", identity=replace(identity, data_fraction=0.5), tars=[tmp_path / "bad.tar"])
+    assert make(tmp_path / "c").images == 24
 
 
 def test_a_shard_that_was_removed_is_made_again(tmp_path: Path, cache_dir: Path, make: Make) -> None:
