@@ -1,0 +1,84 @@
+import json
+from operator import itemgetter
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from caches import Make
+from embeddings_cache.format import CacheIdentity
+from embeddings_cache.reader import EmbeddingsCache, shard_paths
+from students import InputError
+
+
+def test_a_shard_can_be_read_with_h5py_alone(cache_dir: Path, identity: CacheIdentity) -> None:
+    with h5py.File(cache_dir / "shard-00000-00000.h5") as file:
+        assert file["embeddings"].shape == (10, 64, 8, 8)
+        assert file["embeddings"].dtype == np.float16
+        assert file["embeddings"].chunks == (1, 64, 8, 8)
+        assert file["embeddings"].fletcher32
+        assert file["images"].shape == file["keys"].shape == file["annotations"].shape == (10,)
+        assert file["original_size"].dtype == file["input_size"].dtype == np.int32
+        assert file["original_size"].shape == (10, 2)
+        assert file.attrs["version"] == 1
+        assert file.attrs["images"] == 10
+        assert file.attrs["teacher_name"] == "toy"
+        assert file.attrs["teacher_sha256"] == identity.teacher_sha256
+        assert file.attrs["preprocess"] == identity.preprocess
+        assert "software_torch" in file.attrs
+    described = json.loads((cache_dir / "cache.json").read_text())
+    assert (described["version"], described["complete"], described["images"], described["shards"]) == (1, True, 24, 3)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path, make: Make) -> None:
+    make(tmp_path)
+    shard = shard_paths(tmp_path)[0]
+    with h5py.File(shard) as file:
+        offset = file["embeddings"].id.get_chunk_info(0).byte_offset
+        key = file["keys"][0].decode()
+    data = bytearray(shard.read_bytes())
+    data[offset + 100] ^= 1
+    shard.write_bytes(data)
+    cache = EmbeddingsCache(tmp_path)
+    with pytest.raises(OSError, match=r"[Ff]letcher32|[Cc]an't"):
+        cache[cache.keys.index(key)]
+
+
+def test_more_shards_than_files_may_be_open(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embeddings_cache.reader.FILES_OPEN", 1)
+    cache = EmbeddingsCache(cache_dir)
+    for index in (0, 23, 5, 12, 0, 23):
+        assert cache[index].key == cache.keys[index]
+
+
+def test_split_holds_out_by_hash(cache_dir: Path) -> None:
+    cache = EmbeddingsCache(cache_dir)
+    train, held_out = cache.split(5)
+    assert len(held_out) == 5
+    assert sorted(train + held_out) == list(range(24))
+    assert set(cache.split(4)[1]) < set(held_out)
+    with pytest.raises(InputError, match="leaves none"):
+        cache.split(24)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_the_same_rows(method: str, cache_dir: Path) -> None:
+    cache = EmbeddingsCache(cache_dir)
+    expected = [row.embedding.tobytes() for row in cache]  # the files are open before the workers start
+    loader = DataLoader(cache, num_workers=2, collate_fn=itemgetter(0), multiprocessing_context=method)
+    assert [row.embedding.tobytes() for row in loader] == expected
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    (tmp_path / "cache.json").write_text('{"what": "something else"}')
+    return tmp_path
+
+
+def test_foreign_directories_are_refused(foreign: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    with pytest.raises(InputError, match="does not describe an embeddings cache"):
+        EmbeddingsCache(foreign)
+    with pytest.raises(InputError, match="does not exist: run stage=precompute"):
+        EmbeddingsCache(tmp_path_factory.mktemp("empty"))
