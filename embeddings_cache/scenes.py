@@ -19,11 +19,15 @@ from embeddings_cache.annotations import bounding_box, center_point, encode_rle
 from embeddings_cache.files import whole_file
 from students import InputError
 
-SCENES_PER_TAR = 128
+SCENES_PER_TAR = 64
 MIN_AREA = 40
 """Pixels; a shape of which less than this is left visible gets no mask."""
 
-Grid = tuple[np.ndarray, np.ndarray]
+SHADOW_MARGIN = 16
+"""Pixels that a shadow reaches beyond its shape: its offset and its blur."""
+
+Grid = tuple[np.ndarray, ...]
+Window = tuple[slice, slice]
 
 
 def scene_count(images: Any) -> int:
@@ -40,8 +44,17 @@ def scene_count(images: Any) -> int:
     return int(number)
 
 
-def write_scene_tars(directory: Path, count: int, longest_side: int, seed: int = 0) -> list[str]:
+def write_scene_tars(
+    directory: Path, count: int, longest_side: int, seed: int = 0, done: Callable[[int], object] = lambda scenes: None
+) -> list[str]:
     """Write `count` scenes as SA-1B-style tars; tars that are there already are kept.
+
+    Args:
+        directory: of the tars; made if need be.
+        count: of scenes.
+        longest_side: in pixels.
+        seed: scenes of another seed are other scenes.
+        done: told how many scenes each tar added, for a progress bar.
 
     Returns:
         Paths of the tars, in order.
@@ -52,6 +65,7 @@ def write_scene_tars(directory: Path, count: int, longest_side: int, seed: int =
         path = directory / f"scenes_{longest_side}px_seed{seed}_{numbers.start:06d}-{numbers.stop - 1:06d}.tar"
         if not path.exists():
             write_scene_tar(path, numbers, longest_side, seed)
+        done(len(numbers))
         paths.append(str(path))
     return paths
 
@@ -103,28 +117,36 @@ def generate_scene(rng: np.random.Generator, longest_side: int) -> tuple[np.ndar
     owner = np.zeros((height, width), dtype=np.int32)
     sizes = np.sort(rng.uniform(0.06, 0.3, size=rng.integers(4, 11)))[::-1] * longest_side
     for number, size in enumerate(sizes, start=1):
-        shape = _shape(rng, grid, float(size))
+        window, shape = _shape(rng, grid, float(size))
         if rng.random() < 0.5:  # a soft shadow, so that contrast at a boundary is not the same all around
             shadow = gaussian_filter(shift(shape.astype(np.float32), rng.integers(-8, 9, 2), order=0), 3)
-            canvas *= 1 - 0.5 * shadow[..., None]
-        canvas[shape] = _texture(rng, grid)[shape]
-        owner[shape] = number
+            canvas[window] *= 1 - 0.5 * shadow[..., None]
+        canvas[window][shape] = _texture(rng, (grid[0][window], grid[1][window]))[shape]
+        owner[window][shape] = number
 
     light = 1 + rng.uniform(-0.25, 0.25) * (grid[0] / height - 0.5) + rng.uniform(-0.25, 0.25) * (grid[1] / width - 0.5)
-    canvas = gaussian_filter(canvas * light[..., None], (rng.uniform(0, 0.8),) * 2 + (0,))
-    canvas += rng.normal(0, rng.uniform(0, 8), canvas.shape)
+    canvas *= light[..., None]
+    gaussian_filter(canvas, (rng.uniform(0, 0.8),) * 2 + (0,), output=canvas)
+    canvas += rng.uniform(0, 8) * rng.standard_normal(canvas.shape, dtype=np.float32)
     masks = [owner == number for number in range(1, len(sizes) + 1)]
     return canvas.clip(0, 255).astype(np.uint8), [mask for mask in masks if mask.sum() >= MIN_AREA]
 
 
-def _shape(rng: np.random.Generator, grid: Grid, radius: float) -> np.ndarray:
-    """A boolean mask of a random kind, place, rotation and elongation; its half-extent is about `radius` pixels."""
+def _shape(rng: np.random.Generator, grid: Grid, radius: float) -> tuple[Window, np.ndarray]:
+    """A shape of a random kind, place, rotation and elongation; its half-extent is about `radius` pixels.
+
+    Returns:
+        The part of the picture that holds it with a margin for its shadow, and its boolean mask there.
+    """
     height, width = grid[0].shape
-    y, x = grid[0] - rng.uniform(0, height), grid[1] - rng.uniform(0, width)
+    y0, x0 = rng.uniform(0, height), rng.uniform(0, width)
     turn, stretch = rng.uniform(0, 2 * np.pi), rng.uniform(1.0, 2.2)
+    reach = 1.5 * radius * stretch**0.5 + SHADOW_MARGIN
+    window = (slice(max(0, int(y0 - reach)), int(y0 + reach)), slice(max(0, int(x0 - reach)), int(x0 + reach)))
+    y, x = grid[0][window] - np.float32(y0), grid[1][window] - np.float32(x0)
     u = (x * np.cos(turn) + y * np.sin(turn)) / (radius * stretch**0.5)
     v = (y * np.cos(turn) - x * np.sin(turn)) / (radius / stretch**0.5)
-    return _one_of(
+    return window, _one_of(
         rng,
         lambda: np.abs(u) ** (p := rng.uniform(0.7, 8)) + np.abs(v) ** p < 1,  # star, diamond, ellipse, box
         lambda: np.hypot(u, v) < _wave(rng, np.arctan2(v, u)),  # blob
@@ -159,11 +181,11 @@ def _texture(rng: np.random.Generator, grid: Grid) -> np.ndarray:
     mix = _one_of(
         rng,
         lambda: np.zeros_like(x),  # flat
-        lambda: (along - along.min()) / np.ptp(along),  # gradient
+        lambda: (along - along.min()) / (np.ptp(along) + 1),  # gradient
         lambda: 0.5 + 0.5 * np.sin(2 * np.pi * along / period),  # stripes
         lambda: ((along // period + across // period) % 2).astype(np.float32),  # checks
         lambda: _smooth_noise(rng, x.shape),  # clouds
-        lambda: (rng.random(x.shape) < 0.2).astype(np.float32),  # speckle
+        lambda: (rng.random(x.shape, dtype=np.float32) < 0.2).astype(np.float32),  # speckle
     )[..., None]
     return (first * (1 - mix) + second * mix).astype(np.float32)
 
