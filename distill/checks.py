@@ -1,19 +1,20 @@
 """Which values of a recipe make sense; each that does not is one line that names it, its origin and what would do."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from distill.schema import IMAGES, STAGES, Recipe
+from distill.schema import IMAGES, ON_REQUEST, STAGES, Recipe, numbers
 from embeddings_cache.format import DTYPES
 from embeddings_cache.scenes import scene_count
 from embeddings_cache.teacher import TEACHERS
 from students import InputError, list_students
 
 CHOICES: dict[str, Callable[[], Sequence[str]]] = {
-    "stage": lambda: ("all", *STAGES),
+    "stage": lambda: ("all", *STAGES, *ON_REQUEST),
     "student.name": list_students,
     "student.downsample": lambda: ("stride1",),
     "teacher.name": lambda: TEACHERS,
@@ -27,7 +28,15 @@ AT_LEAST_ONE = (
     "teacher.batch_size", "data.val_images", "cache.images_per_shard", "train.batch_size",
     "train.accumulate", "train.checkpoint_every", "train.log_every", "evaluate.masks_per_image", "evaluate.grid",
 )  # fmt: skip
-NOT_NEGATIVE = ("seed", "train.epochs", "data.max_skipped", "train.weight_decay", "train.warmup_steps", "train.workers")
+NOT_NEGATIVE = (
+    "seed",
+    "train.epochs",
+    "data.max_skipped",
+    "train.weight_decay",
+    "train.warmup_steps",
+    "train.workers",
+    "train.watch_images",
+)
 POSITIVE = ("data.fraction", "train.lr", "train.clip_norm")
 
 
@@ -72,8 +81,23 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
         listed = images if isinstance(images, list) else [images or ""]
         if not all(isinstance(source, str) for source in listed):
             refuse(key, images, " is neither text nor a list of texts")
+    for key, prompt, shape in (("point", recipe.point, "x,y"), ("box", recipe.box, "x0,y0,x1,y1")):
+        if prompt is not None and not _is_prompt(prompt, shape):
+            refuse(key, prompt, f" is not {shape} in pixels of the image")
     if scene_count(recipe.evaluate.data):
         refuse("evaluate.data", recipe.evaluate.data, ": scenes are made for data.images only")
+
+
+def _is_prompt(text: str, shape: str) -> bool:
+    try:
+        values = numbers(text)
+    except ValueError:
+        return False
+    if not all(map(math.isfinite, values)):
+        return False
+    if shape == "x,y":
+        return len(values) % 2 == 0
+    return len(values) == 4 and values[0] < values[2] and values[1] < values[3]
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

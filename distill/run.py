@@ -100,6 +100,23 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}\n")]
 
 
+def note_time(recipe: Recipe, stage: str, seconds: float, finished: bool) -> None:
+    """Keep in `stages.json` how long a stage took; what an interrupted one took before is added to it."""
+    path = Path(recipe.run_dir) / "stages.json"
+    times = stage_times(recipe)
+    earlier = times.get(stage, {"seconds": 0.0, "finished": True})
+    if earlier["finished"] and not finished and stage in times:
+        return  # a second attempt at what is there, and it came to nothing
+    total = seconds if earlier["finished"] else seconds + earlier["seconds"]
+    write_json(path, {**times, stage: {"seconds": round(total, 1), "finished": finished}})
+
+
+def stage_times(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What `note_time` has kept: seconds, and whether they led to the stage's end."""
+    path = Path(recipe.run_dir) / "stages.json"
+    return read_json(path) if path.exists() else {}
+
+
 def as_stored(value: Any) -> Any:
     """A value as it comes back from JSON: tuples are lists."""
     return json.loads(json.dumps(value))

@@ -9,6 +9,10 @@ from typing import Any
 import yaml
 
 STAGES = ("precompute", "train", "evaluate", "export", "report")
+"""What `stage=all` runs, in order."""
+
+ON_REQUEST = ("predict",)
+"""Stages that run only when they are named."""
 
 IMAGES = ("data.images", "evaluate.data")
 """Keys that name images."""
@@ -68,6 +72,7 @@ class TrainRecipe:
     mixed_precision: str = "no"  # no, bf16 or fp16
     workers: int | None = None  # processes that read the cache, for each training process; default: 4, on a CPU none
     checkpoint_every: int = 1000  # optimizer steps between checkpoints
+    watch_images: int = 8  # held-out images whose masks are compared with the teacher's every epoch
     log_every: int = 10  # optimizer steps between lines of metrics.jsonl
 
 
@@ -87,11 +92,14 @@ class ExportRecipe:
 @dataclass
 class Recipe:
     name: str = ""  # the recipe's name; from its file
-    stage: str = "all"  # all, or one of precompute, train, evaluate, export, report
+    stage: str = "all"  # all, or one of precompute, train, evaluate, export, report; or predict
     seed: int = 0  # of weights and of the order of images
     image_size: int = 1024  # side of the square input in pixels
     run_dir: str = "runs/${name}"  # where results go
-    checkpoint: str | None = None  # student to evaluate or export; default: the run's own student.safetensors
+    checkpoint: str | None = None  # student for the stages after train; default: the run's own student.safetensors
+    image: str | None = None  # photograph to segment, for stage=predict
+    point: str | None = None  # x,y in its pixels, on the object; more of them follow after commas
+    box: str | None = None  # x0,y0,x1,y1 around the object; with neither point nor box everything is segmented
     student: StudentRecipe = field(default_factory=StudentRecipe)
     teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -99,6 +107,11 @@ class Recipe:
     train: TrainRecipe = field(default_factory=TrainRecipe)
     evaluate: EvaluateRecipe = field(default_factory=EvaluateRecipe)
     export: ExportRecipe = field(default_factory=ExportRecipe)
+
+
+def numbers(text: str) -> list[float]:
+    """`"12,30.5"` → `[12.0, 30.5]`; raises `ValueError` where it is something else."""
+    return [float(part) for part in text.split(",")]
 
 
 def describe_keys() -> Iterator[tuple[str, str, str]]:

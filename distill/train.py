@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from distill.evaluate.watch import MaskWatch
 from distill.losses import embedding_errors, weighted_loss
 from distill.recipe import Recipe, to_yaml
 from distill.run import bind_cache, open_cache, read_metrics, trained_student
@@ -31,8 +32,11 @@ CHECKPOINTS_KEPT = 2
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def train(recipe: Recipe, accelerator: Accelerator) -> None:
+def train(recipe: Recipe, accelerator: Accelerator) -> bool:
     """Train the recipe's student, or go on from the latest checkpoint; writes `student.safetensors` at the end.
+
+    Returns:
+        False where the student was there already.
 
     Raises:
         InputError: no finished cache, one of another recipe or teacher, or fewer images than a batch takes.
@@ -43,7 +47,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
         bind_cache(recipe, info.identity)
     if trained_student(recipe).exists():
         accelerator.print(f"train: {trained_student(recipe)} is there already")
-        return
+        return False
     cache = open_cache(recipe)
     train_rows, val_rows = cache.split(recipe.data.val_images)
     plan = Plan.of(recipe, len(train_rows), accelerator.num_processes)
@@ -60,10 +64,15 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
     val_loader = DataLoader(Subset(images, val_rows), plan.micro_batch, **options)
     student, optimizer, loader, val_loader = accelerator.prepare(student, optimizer, loader, val_loader)
 
+    watched = MaskWatch(recipe, cache, val_rows, accelerator)
     step = restore_latest(run_dir / "checkpoints", accelerator)
     metrics = Metrics(run_dir, accelerator, step)
+
+    def validated() -> dict[str, float]:
+        return {**validate(student, val_loader, accelerator), **watched(student)}
+
     if step == 0:
-        metrics.write(0, 0, validate(student, val_loader, accelerator))
+        metrics.write(0, 0, validated())
     progress = progress_bar(accelerator, "train", "steps", total=plan.steps, initial=step)
     losses: list[torch.Tensor] = []
     since = time.perf_counter()
@@ -95,7 +104,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
                 losses, since = [], time.perf_counter()
             pause = time.perf_counter()
             if step % plan.steps_per_epoch == 0:
-                metrics.write(step, epoch, validate(student, val_loader, accelerator))
+                metrics.write(step, epoch, validated())
                 student.train()
             if step % recipe.train.checkpoint_every == 0 and step < plan.steps:
                 save_checkpoint(run_dir / "checkpoints", step, accelerator)
@@ -109,6 +118,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> None:
             save_student(temporary, accelerator.unwrap_model(student), metadata)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
+    return True
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from distill.losses import embedding_errors
 from distill.recipe import Recipe
 from distill.run import chosen_student, is_current, open_cache
+from distill.schema import EvaluateRecipe
 from embeddings_cache.annotations import bounding_box, center_point, decode_masks
 from embeddings_cache.codec import CacheRow
 from embeddings_cache.files import sha256, write_json
@@ -67,8 +68,8 @@ class Score:
     teacher_truth: float | None
 
 
-def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Write `evaluation.json` for the chosen student.
+def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Write `evaluation.json` for the chosen student; returns False where it was there.
 
     Raises:
         InputError: no student, no cache or no teacher of the recipe, or no image to evaluate on.
@@ -76,7 +77,7 @@ def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> None:
     result = Path(recipe.run_dir) / "evaluation.json"
     inputs = evaluation_inputs(recipe)
     if is_current(result, inputs, accelerator):
-        return
+        return False
     teacher, student_sam = load_sams(recipe, accelerator.device)
     scores: list[Score] = []
     errors: list[tuple[float, float]] = []
@@ -88,11 +89,16 @@ def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> None:
     rows = evaluation_rows(recipe, teacher, skip, accelerator.process_index, accelerator.num_processes)
     with progress_bar(accelerator, "evaluate", "images") as progress:
         for row in rows:
+            progress.update()
+            try:
+                prompts = make_prompts(row, recipe.evaluate)
+            except InputError as error:
+                skip(row.key, str(error))
+                continue
             embeddings = embed_both(row, student_sam)
             mse, cosine = embedding_errors(*embeddings)
             errors.append((mse.item(), cosine.item()))
-            scores += score_image(row, teacher, *embeddings, make_prompts(row, recipe))
-            progress.update()
+            scores += score_image(row, teacher, *embeddings, prompts)
     scores, errors, skipped = gather_object(scores), gather_object(errors), gather_object(skipped)
     if not errors:
         raise InputError(f"evaluate: no image could be read{f', {skipped[0]}' if skipped else ''}")
@@ -100,6 +106,7 @@ def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> None:
         content = {"task": "masks", "student": student_sam.image_encoder.config.name, **summarize(scores, errors)}
         write_json(result, {**content, "skipped": skipped, "made_from": inputs})
     accelerator.wait_for_everyone()
+    return True
 
 
 def evaluation_inputs(recipe: Recipe) -> dict[str, Any]:
@@ -166,7 +173,7 @@ def embed_both(row: CacheRow, student_sam: Sam) -> tuple[torch.Tensor, torch.Ten
     return student.float(), torch.from_numpy(row.embedding)[None].to(student.device).float()
 
 
-def make_prompts(row: CacheRow, recipe: Recipe) -> Prompts:
+def make_prompts(row: CacheRow, settings: EvaluateRecipe) -> Prompts:
     """Prompts from the row's annotation, or a grid of points.
 
     Raises:
@@ -174,12 +181,12 @@ def make_prompts(row: CacheRow, recipe: Recipe) -> Prompts:
     """
     try:
         found = decode_masks(row.annotation) if row.annotation else ()
-        masks = list(islice(found, recipe.evaluate.masks_per_image))
+        masks = list(islice(found, settings.masks_per_image))
     except (ValueError, TypeError) as error:
         raise InputError(f"the annotation of {row.key} cannot be decoded: {first_line(error)}") from error
     if not masks:
         height, width = row.original_size
-        return Prompts(build_point_grid(recipe.evaluate.grid) * (width, height))
+        return Prompts(build_point_grid(settings.grid) * (width, height))
     points = np.array([center_point(mask) for mask in masks])
     boxes = np.array([bounding_box(mask) for mask in masks])
     return Prompts(points, boxes, np.stack(masks))

@@ -13,8 +13,8 @@ from embeddings_cache.files import sha256, write_json
 from students import load_student
 
 
-def export(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Write `export/` for the chosen student: the files and `manifest.json`.
+def export(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Write `export/` for the chosen student: the files and `manifest.json`; returns False where they were there.
 
     Raises:
         InputError: no student, or an export that does not reproduce it.
@@ -23,7 +23,7 @@ def export(recipe: Recipe, accelerator: Accelerator) -> None:
     manifest = directory / "manifest.json"
     inputs = {"student_sha256": sha256(chosen_student(recipe)), "export": vars(recipe.export)}
     if is_current(manifest, inputs, accelerator):
-        return
+        return False
     if accelerator.is_main_process:
         student = load_student(chosen_student(recipe))
         pictures = parity_pictures(recipe, student.img_size)
@@ -46,3 +46,4 @@ def export(recipe: Recipe, accelerator: Accelerator) -> None:
         )
         accelerator.print(f"export: {', '.join(files)} in {directory}")
     accelerator.wait_for_everyone()
+    return True

@@ -53,7 +53,7 @@ def test_masks_are_those_of_sam_predictor(recipe: Recipe) -> None:
     teacher = load_teacher("toy", None, 128)
     predictor = SamPredictor(teacher)
     for row in list(evaluation_rows(recipe, teacher))[:3]:
-        prompts = make_prompts(row, recipe)
+        prompts = make_prompts(row, recipe.evaluate)
         predictor.set_image(row.pixels())
         # The predictor has seen the resized picture; give it the original's size and the very same embedding.
         predictor.original_size, predictor.features = row.original_size, torch.from_numpy(row.embedding)[None].float()
@@ -69,12 +69,12 @@ def test_masks_are_those_of_sam_predictor(recipe: Recipe) -> None:
 
 def test_prompts_lie_in_their_masks(recipe: Recipe) -> None:
     for row in evaluation_rows(recipe, load_teacher("toy", None, 128)):
-        prompts = make_prompts(row, recipe)
+        prompts = make_prompts(row, recipe.evaluate)
         assert len(prompts.points) == len(prompts.boxes) == len(prompts.masks)
         for (x, y), (x0, y0, x1, y1), mask in zip(prompts.points, prompts.boxes, prompts.masks, strict=True):
             assert mask[int(y), int(x)]
             assert mask[int(y0) : int(y1), int(x0) : int(x1)].sum() == mask.sum()
-        assert len(make_prompts(row, replace(recipe, evaluate=replace(recipe.evaluate, masks_per_image=2))).points) == 2
+        assert len(make_prompts(row, replace(recipe.evaluate, masks_per_image=2)).points) == 2
 
 
 def test_iou_agrees_with_coco() -> None:
@@ -101,7 +101,7 @@ def test_the_teacher_as_its_own_student_agrees_with_itself(recipe: Recipe) -> No
     for row in list(evaluation_rows(recipe, teacher))[:2]:
         student, cached = embed_both(row, sam)
         assert (student - cached).abs().max() < 2e-3  # float16 in the cache
-        scores = list(module.score_image(row, teacher, student, student, make_prompts(row, recipe)))
+        scores = list(module.score_image(row, teacher, student, student, make_prompts(row, recipe.evaluate)))
         assert {score.student_teacher for score in scores} == {1.0}
         assert all(score.student_truth == score.teacher_truth for score in scores)
 
@@ -183,24 +183,31 @@ def test_bad_images_are_left_out_and_listed(elsewhere: Recipe, accelerator: Acce
     image, _ = generate_scene(np.random.default_rng(0), 150)
     Image.fromarray(image).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"<html>")
+    Image.fromarray(image).save(tmp_path / "garbled.png")
+    masks = [{"segmentation": {"size": list(image.shape[:2]), "counts": "é"}}]
+    (tmp_path / "garbled.json").write_text(json.dumps({"annotations": masks}))
     elsewhere.evaluate = replace(elsewhere.evaluate, data=str(tmp_path), grid=2)
     evaluate_masks(elsewhere, accelerator)
     assert result(elsewhere)["images"] == 1
-    (skipped,) = result(elsewhere)["skipped"]
-    assert skipped["key"] == "bad"
-    assert "cannot identify" in skipped["reason"]
+    bad, garbled = sorted(result(elsewhere)["skipped"], key=lambda entry: entry["key"])
+    assert bad["key"] == "bad"
+    assert "cannot identify" in bad["reason"]
+    assert garbled["key"] == "garbled"
+    assert "the annotation of garbled cannot be decoded" in garbled["reason"]
 
 
 def test_an_annotation_that_cannot_be_decoded_is_named(recipe: Recipe) -> None:
     row = next(evaluation_rows(recipe, load_teacher("toy", None, 128)))
     broken = json.dumps({"annotations": [{"segmentation": {"size": [9, 9], "counts": "é"}}]})
     with pytest.raises(InputError, match=f"the annotation of {row.key} cannot be decoded"):
-        make_prompts(replace(row, annotation=broken), recipe)
+        make_prompts(replace(row, annotation=broken), recipe.evaluate)
 
 
 def test_a_student_that_does_not_fit_the_decoder_is_refused(elsewhere: Recipe, accelerator: Accelerator) -> None:
     elsewhere.image_size = 192
-    with pytest.raises(InputError, match=r"makes 64 channels of 128 px images; the teacher's decoder takes 64 .* 192"):
+    with pytest.raises(
+        InputError, match=r"makes 128 channels of 128 px images; the teacher's decoder takes 128 .* 192"
+    ):
         evaluate_masks(elsewhere, accelerator)
 
 

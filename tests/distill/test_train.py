@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch.nn import functional as F
 
 from distill import train as module
+from distill.evaluate.masks import evaluate_masks
 from distill.losses import embedding_errors, weighted_loss
 from distill.main import create_accelerator
 from distill.recipe import Recipe, load_recipe
@@ -51,7 +52,7 @@ def plain_training(recipe: Recipe) -> StudentEncoder:
     cache = EmbeddingsCache(Path(recipe.cache.dir))
     rows, _ = cache.split(recipe.data.val_images)
     torch.manual_seed(recipe.seed)
-    student = create_student(recipe.student.name, recipe.image_size, 64, **recipe.student.overrides)
+    student = create_student(recipe.student.name, recipe.image_size, 128, **recipe.student.overrides)
     matrices = [p for p in student.parameters() if p.ndim > 1]
     vectors = [p for p in student.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
@@ -110,6 +111,30 @@ def test_metrics_say_loss_and_rate_at_every_step_asked_for(recipe: Recipe, accel
     assert [line["step"] for line in lines if "val_mse" in line] == [0, 5, 10]
     assert all(0 < line["lr"] <= recipe.train.lr for line in lines if "lr" in line)
     assert list(Path(recipe.run_dir).glob("**/events.out.tfevents*"))
+
+
+def test_masks_are_watched_as_evaluate_measures_them(recipe: Recipe, accelerator: Accelerator) -> None:
+    recipe.train = replace(recipe.train, epochs=1, watch_images=4)
+    recipe.evaluate = replace(recipe.evaluate, masks_per_image=3)
+    train(recipe, accelerator)
+    evaluate_masks(recipe, accelerator)
+    measured = json.loads((Path(recipe.run_dir) / "evaluation.json").read_text())["miou"]
+    last = metrics(recipe.run_dir)[-1]
+    for prompt in ("point", "box"):
+        assert last[f"val_miou_{prompt}"] == pytest.approx(measured[prompt]["all"]["student_teacher"], abs=1e-4)
+
+
+def test_without_the_teachers_weights_no_masks_are_watched(
+    recipe: Recipe, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(*arguments: object) -> None:
+        raise InputError("teacher vit_h needs its weights")
+
+    monkeypatch.setattr("distill.evaluate.watch.load_teacher", missing)
+    recipe.train = replace(recipe.train, epochs=1)
+    train(recipe, accelerator)
+    assert "train: masks are not watched: teacher vit_h needs its weights" in capsys.readouterr().out
+    assert not any("val_miou_box" in line for line in metrics(recipe.run_dir))
 
 
 def test_the_student_carries_its_recipe(recipe: Recipe, accelerator: Accelerator, tmp_path: Path) -> None:
@@ -183,7 +208,7 @@ def test_no_epochs_leave_the_student_untrained(recipe: Recipe, accelerator: Acce
     (line,) = metrics(recipe.run_dir)
     assert line["step"] == 0
     torch.manual_seed(recipe.seed)
-    student = create_student(recipe.student.name, recipe.image_size, 64, **recipe.student.overrides)
+    student = create_student(recipe.student.name, recipe.image_size, 128, **recipe.student.overrides)
     assert all(torch.equal(tensor, student.state_dict()[name]) for name, tensor in weights(recipe.run_dir).items())
 
 
