@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from importlib.resources import files
 from pathlib import Path
@@ -14,13 +14,24 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from distill.evaluate.masks import evaluate_masks
 from distill.export.stage import export
+from distill.predict import predict, prompts_within, read_photograph
 from distill.recipe import STAGES, Recipe, describe_keys, list_recipes, load_recipe
 from distill.report import report
-from distill.run import chosen_student, claim_run_dir, open_cache, refuse_other_settings, trained_student
+from distill.run import (
+    chosen_student,
+    claim_run_dir,
+    note_time,
+    open_cache,
+    refuse_other_settings,
+    trained_student,
+)
+from distill.schema import ON_REQUEST
 from distill.train import check_batch, train
 from embeddings_cache.files import sole_user
 from embeddings_cache.format import read_info
 from embeddings_cache.precompute import cache_identity, precompute
+from embeddings_cache.progress import progress_bar
+from embeddings_cache.reader import is_complete
 from embeddings_cache.scenes import scene_count, write_scene_tars
 from embeddings_cache.sources import expand_sources, pick_sources
 from embeddings_cache.teacher import check_teacher, load_teacher
@@ -28,12 +39,13 @@ from students import InputError, StudentConfig, build_encoder
 
 USAGE = """\
 accelerate launch distill.py recipe=NAME [stage=STAGE] [key=value ...]
+python distill.py stage=predict run_dir=RUN image=PHOTO [point=x,y] [box=x0,y0,x1,y1]
 
 Distil a SAM's image encoder. Runs all stages, each only as far as its result is missing;
 the same command goes on after any interruption. `python distill.py` does the same in one process."""
 
 REAL_RUN = """\
-These were generated scenes and a teacher that knows nothing; a real run takes photographs and a SAM checkpoint: \
+These were generated scenes and a teacher that knows nothing else; a real run takes photographs and a SAM checkpoint: \
 accelerate launch distill.py recipe=repvit_m2_3 teacher.checkpoint=sam_vit_h_4b8939.pth \
 data.images='TARS OR FOLDER' data.fraction=1.0"""
 
@@ -72,36 +84,53 @@ def run(recipe: Recipe) -> None:
     check_inputs(recipe, stages)
     accelerator = create_accelerator(recipe)
     use_all_cores(accelerator)
-    functions: dict[str, Callable[[Recipe, Accelerator], None]] = {
-        "precompute": run_precompute,
-        "train": train,
-        "evaluate": evaluate_masks,
-        "export": export,
-        "report": report,
-    }
     with ExitStack() as held:
         if accelerator.is_main_process:
             held.enter_context(sole_user(Path(recipe.run_dir)))
             claim_run_dir(recipe)
         accelerator.wait_for_everyone()
         for stage in stages:
-            functions[stage](recipe, accelerator)
-    if recipe.name == "quickstart" and scene_count(recipe.data.images):
+            run_stage(stage, recipe, accelerator)
+    if stages == STAGES and recipe.name == "quickstart" and scene_count(recipe.data.images):
         accelerator.print(REAL_RUN)
     accelerator.end_training()
 
 
+def run_stage(stage: str, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Run one stage, and note in the run directory how long it took if there was anything to do."""
+    functions: dict[str, Callable[[Recipe, Accelerator], bool]] = {
+        "precompute": run_precompute,
+        "train": train,
+        "evaluate": evaluate_masks,
+        "export": export,
+        "report": report,
+        "predict": predict,
+    }
+    noted = accelerator.is_main_process and stage in STAGES
+    started = time.perf_counter()
+    try:
+        worked = functions[stage](recipe, accelerator)
+    except BaseException:
+        with suppress(OSError, InputError):  # what stopped the stage is what has to be said
+            if noted:
+                note_time(recipe, stage, time.perf_counter() - started, finished=False)
+        raise
+    if noted and worked:
+        note_time(recipe, stage, time.perf_counter() - started, finished=True)
+
+
 def create_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate as the stages expect it: devices and processes are the launcher's, the rest is the recipe's."""
+    precision = recipe.train.mixed_precision if recipe.stage in ("all", "train") else "no"
     accelerator = Accelerator(
-        mixed_precision=recipe.train.mixed_precision,
+        mixed_precision=precision,
         gradient_accumulation_steps=recipe.train.accumulate,
         log_with="tensorboard",
         project_dir=recipe.run_dir,
         # One process may wait for another's share of the teacher pass for hours; the default gives up after minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
-    if recipe.train.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+    if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("train.mixed_precision=fp16 needs a GPU; on a CPU take bf16 or no")
     return accelerator
 
@@ -116,8 +145,8 @@ def use_all_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def run_precompute(recipe: Recipe, accelerator: Accelerator) -> None:
-    """`embeddings_cache.precompute` with a recipe's settings."""
+def run_precompute(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """`embeddings_cache.precompute` with a recipe's settings; returns False where the cache was there."""
     directory = Path(recipe.cache.dir)
     sam = load_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
     identity = cache_identity(
@@ -128,6 +157,8 @@ def run_precompute(recipe: Recipe, accelerator: Accelerator) -> None:
         images=recipe.data.images,
         fraction=recipe.data.fraction,
     )
+    before = read_info(directory)
+    complete = before is not None and is_complete(directory, before)
     info = precompute(
         directory,
         sam,
@@ -140,6 +171,7 @@ def run_precompute(recipe: Recipe, accelerator: Accelerator) -> None:
     )
     skipped = f", {info.skipped} bad samples skipped (skipped.jsonl)" if info.skipped else ""
     accelerator.print(f"precompute: {info.images} images in {directory}{skipped}")
+    return not complete
 
 
 def image_sources(recipe: Recipe, accelerator: Accelerator) -> list[str]:
@@ -147,8 +179,9 @@ def image_sources(recipe: Recipe, accelerator: Accelerator) -> list[str]:
     count = scene_count(recipe.data.images)
     if not count:
         return expand_sources(recipe.data.images)
-    with accelerator.main_process_first():
-        return write_scene_tars(Path(recipe.cache.dir) / "scenes", count, recipe.image_size * 5 // 4)
+    directory, longest_side = Path(recipe.cache.dir) / "scenes", recipe.image_size * 5 // 4
+    with accelerator.main_process_first(), progress_bar(accelerator, "scenes", "scenes", total=count) as progress:
+        return write_scene_tars(directory, count, longest_side, done=progress.update)
 
 
 def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
@@ -157,7 +190,7 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
     Raises:
         InputError: something that a stage needs is missing, or does not fit.
     """
-    if {"precompute", "evaluate", "report"} & set(stages):
+    if {"precompute", "evaluate", "report", "predict"} & set(stages):
         check_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
     info = read_info(Path(recipe.cache.dir))
     if info is not None and info.complete and {"precompute", "train"} & set(stages):
@@ -169,7 +202,9 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
         build_encoder(StudentConfig(recipe.student.name, recipe.image_size, overrides=dict(recipe.student.overrides)))
         if "precompute" not in stages:
             open_cache(recipe)
-    if {"evaluate", "export", "report"} & set(stages):
+    if "predict" in stages:
+        prompts_within(recipe, read_photograph(recipe))
+    if {"evaluate", "export", "report", "predict"} & set(stages):
         if recipe.checkpoint is not None or "train" not in stages:
             chosen_student(recipe)
         if recipe.evaluate.data is not None and "evaluate" in stages:
@@ -182,6 +217,11 @@ def help_text() -> str:
     for name in list_recipes():
         text = (files("recipes") / f"{name}.yaml").read_text(encoding="utf-8")
         lines.append(f"  {name:<14} {text.splitlines()[0].removeprefix('# ')}")
-    lines += ["", f"stages: {', '.join(STAGES)}", "", "keys, their defaults and what they are:"]
+    lines += [
+        "",
+        f"stages: {', '.join(STAGES)}; on request: {', '.join(ON_REQUEST)}",
+        "",
+        "keys, their defaults and what they are:",
+    ]
     lines += [f"  {key + '=' + default:<44} {comment}" for key, default, comment in describe_keys()]
     return "\n".join(lines)

@@ -24,7 +24,7 @@ __all__ = ["STAGES", "Recipe", "describe_keys", "differences", "find_recipe", "l
 
 
 def load_recipe(arguments: list[str]) -> Recipe:
-    """`["recipe=NAME", "key=value", ...]` → the resolved recipe.
+    """`["recipe=NAME", "key=value", ...]` → the resolved recipe; a `run_dir` that holds a run brings its own recipe.
 
     Raises:
         InputError: no or an unknown recipe, an unknown key, a value of the wrong type or out of range.
@@ -36,7 +36,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
             raise InputError(f"command line: {argument!r} is not key=value (see --help)")
         overrides[key] = value
     if "recipe" not in overrides:
-        raise InputError(f"command line: recipe=NAME is missing; recipes: {', '.join(list_recipes())}")
+        overrides["recipe"] = _recipe_of(overrides.get("run_dir"))
     path = find_recipe(overrides.pop("recipe"))
     shown = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
@@ -79,7 +79,8 @@ def find_recipe(name: str) -> Path:
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, for all stages, as YAML that `recipe=PATH` takes."""
-    return OmegaConf.to_yaml(OmegaConf.structured(replace(recipe, stage="all")), resolve=True)
+    whole = replace(recipe, stage="all", image=None, point=None, box=None)
+    return OmegaConf.to_yaml(OmegaConf.structured(whole), resolve=True)
 
 
 def differences(recipe: Recipe, saved: Path) -> list[str]:
@@ -92,6 +93,14 @@ def differences(recipe: Recipe, saved: Path) -> list[str]:
     now = OmegaConf.structured(recipe)
     pairs = ((key, OmegaConf.select(earlier, key), OmegaConf.select(now, key)) for key in SHAPES_THE_STUDENT)
     return [f"{key}: {then}, now {value}" for key, then, value in pairs if then != value]
+
+
+def _recipe_of(run_dir: str | None) -> str:
+    """The recipe that lies in a run directory."""
+    if run_dir and (saved := Path(run_dir) / "recipe.yaml").is_file():
+        return str(saved)
+    elsewhere = f", and run_dir={run_dir} holds none" if run_dir else ""
+    raise InputError(f"command line: recipe=NAME is missing{elsewhere}; recipes: {', '.join(list_recipes())}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -53,10 +53,14 @@ def read_images(
             try:
                 sample = decode_sample(key, raw)
             except Exception as error:  # Pillow lets many kinds through; one bad sample must not end the run
-                # The address in "cannot identify image file <_io.BytesIO object at 0x...>" makes equal reasons differ.
-                skipped(key, re.sub(r" ?<_io\.BytesIO[^>]*>", "", f"{type(error).__name__}: {first_line(error)}"))
+                skipped(key, reason_of(error))
                 continue
             yield sample
+
+
+def reason_of(error: Exception) -> str:
+    """An error of decoding in one line, without the memory address that makes equal reasons differ."""
+    return re.sub(r" ?<_io\.BytesIO[^>]*>", "", f"{type(error).__name__}: {first_line(error)}")
 
 
 def decode_sample(key: str, raw: dict[str, Any]) -> Sample:

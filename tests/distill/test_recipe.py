@@ -195,3 +195,22 @@ def test_a_mistake_is_one_line_exit_2_and_nothing_written(
     assert captured.err.count("\n") == 1
     assert captured.err.startswith("distill.py: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_directory_brings_its_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(to_yaml(load_recipe(["recipe=quickstart", "train.epochs=3", "seed=7"])))
+    recipe = load_recipe(["stage=predict", f"run_dir={tmp_path}", "image=x.jpg", "point=1,2"])
+    assert (recipe.name, recipe.train.epochs, recipe.seed) == ("quickstart", 3, 7)
+    assert (recipe.stage, recipe.run_dir, recipe.image, recipe.point) == ("predict", str(tmp_path), "x.jpg", "1,2")
+    assert load_recipe(["recipe=repvit_m0_9", f"run_dir={tmp_path}", "data.images=x"]).name == "repvit_m0_9"
+    for elsewhere in (tmp_path / "elsewhere", ""):
+        with pytest.raises(
+            InputError, match=f"recipe=NAME is missing{f', and run_dir={elsewhere}' if elsewhere else ''}"
+        ):
+            load_recipe([f"run_dir={elsewhere}"])
+
+
+def test_what_a_prediction_was_asked_for_is_not_saved(tmp_path: Path) -> None:
+    arguments = ["recipe=quickstart", "stage=predict", "image=x.jpg", "point=1,2", "box=1,2,3,4"]
+    (tmp_path / "saved.yaml").write_text(to_yaml(load_recipe(arguments)))
+    assert load_recipe([f"recipe={tmp_path / 'saved.yaml'}"]) == load_recipe(["recipe=quickstart"])

@@ -1,0 +1,152 @@
+"""Predict: the student's masks on one photograph, through segment-anything's own predictor and mask generator."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from segment_anything.modeling import Sam
+
+from distill.evaluate.masks import load_sams
+from distill.pictures import draw_prompts, overlay
+from distill.recipe import Recipe
+from distill.run import chosen_student
+from distill.schema import numbers
+from embeddings_cache.annotations import bounding_box, encode_rle
+from embeddings_cache.files import whole_file, write_json
+from embeddings_cache.images import decode_image, reason_of
+from embeddings_cache.preprocess import resize_longest_side
+from embeddings_cache.teacher import weights_sha256
+from students import InputError, read_metadata
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One mask: boolean (H, W) at the photograph's size, and the IoU that the decoder expects it to have."""
+
+    mask: np.ndarray
+    predicted_iou: float
+
+
+def predict(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Segment `image` with the chosen student: what the prompts name, or everything where there are none.
+
+    Writes to `predict/` of the run directory, NAME being the photograph's: `NAME-mask.png` (0 and 255; without
+    prompts, 16 bits and the number of the mask, 0 where there is none), `NAME-overlay.png`, and `NAME.json` with the
+    predicted IoU, box, area and COCO RLE of each mask, the largest first.
+
+    Raises:
+        InputError: no student, no readable image, or a prompt that lies outside of it.
+    """
+    image = read_photograph(recipe)
+    points, box = prompts_within(recipe, image)
+    teacher, student_sam = load_sams(recipe, accelerator.device)
+    learnt_from = read_metadata(chosen_student(recipe)).get("teacher_sha256")
+    if learnt_from not in (None, weights_sha256(teacher)):
+        accelerator.print(
+            f"predict: the student learnt from other weights than this {recipe.teacher.name}'s: masks may be poor"
+        )
+    if accelerator.is_main_process:
+        prompted = points is not None or box is not None
+        found = [from_prompts(student_sam, image, points, box)] if prompted else everything(student_sam, image)
+        stem = Path(recipe.run_dir) / "predict" / Path(recipe.image or "").stem
+        written = write_prediction(stem, image, found, points, box)
+        if prompted:
+            accelerator.print(f"predict: predicted IoU {found[0].predicted_iou:.3f}, {found[0].mask.sum()} pixels")
+        else:
+            accelerator.print(f"predict: {len(found)} masks")
+        for path in written:
+            accelerator.print(f"  {path}")
+    accelerator.wait_for_everyone()
+    return True
+
+
+def read_photograph(recipe: Recipe) -> np.ndarray:
+    """RGB uint8 (H, W, 3) of `image`, upright.
+
+    Raises:
+        InputError: none is named, or it cannot be read or resized.
+    """
+    path = recipe.image
+    if path is None:
+        raise InputError("stage=predict needs a photograph: image=FILE")
+    try:
+        image = decode_image(Path(path).read_bytes())
+        resize_longest_side(image, recipe.image_size)
+    except FileNotFoundError:
+        raise InputError(f"image={path}: no such file") from None
+    except Exception as error:  # Pillow lets many kinds through
+        raise InputError(f"image={path} cannot be read: {reason_of(error)}") from error
+    return image
+
+
+def prompts_within(recipe: Recipe, image: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The recipe's points (N, 2) and box (4,), in pixels of the photograph; None for those not given.
+
+    Raises:
+        InputError: one lies outside of the image.
+    """
+    height, width = image.shape[:2]
+    limits = np.array([width, height])
+    points = np.array(numbers(recipe.point)).reshape(-1, 2) if recipe.point else None
+    box = np.array(numbers(recipe.box)) if recipe.box else None
+    for name, corners in (("point", points), ("box", box.reshape(2, 2) if box is not None else None)):
+        if corners is not None and ((corners < 0) | (corners > limits)).any():
+            raise InputError(f"{name}={getattr(recipe, name)} lies outside of the image, {width}×{height} px")
+    return points, box
+
+
+def from_prompts(sam: Sam, image: np.ndarray, points: np.ndarray | None, box: np.ndarray | None) -> Prediction:
+    """The mask of one object. A single point is ambiguous: of three masks the one with the best predicted IoU."""
+    predictor = SamPredictor(sam)
+    predictor.set_image(image)
+    ambiguous = box is None and points is not None and len(points) == 1
+    masks, ious, _ = predictor.predict(
+        point_coords=points,
+        point_labels=np.ones(len(points), dtype=int) if points is not None else None,
+        box=box,
+        multimask_output=ambiguous,
+    )
+    best = int(np.argmax(ious))
+    return Prediction(masks[best], float(ious[best]))
+
+
+def everything(sam: Sam, image: np.ndarray) -> list[Prediction]:
+    """All masks that segment-anything's own generator keeps, the largest first."""
+    found = SamAutomaticMaskGenerator(sam).generate(image)
+    found.sort(key=lambda entry: -entry["area"])
+    return [Prediction(entry["segmentation"], float(entry["predicted_iou"])) for entry in found]
+
+
+def write_prediction(
+    stem: Path, image: np.ndarray, found: list[Prediction], points: np.ndarray | None, box: np.ndarray | None
+) -> list[Path]:
+    """Write mask, overlay and JSON as STEM-mask.png, STEM-overlay.png and STEM.json."""
+    prompted = points is not None or box is not None
+    labels = np.zeros(image.shape[:2], dtype=np.uint8 if prompted else np.uint16)
+    for number, prediction in enumerate(found, start=1):
+        labels[prediction.mask] = 255 if prompted else number
+    picture = draw_prompts(overlay(image, [prediction.mask for prediction in found]), points, box)
+    paths = [stem.with_name(f"{stem.name}-{kind}.png") for kind in ("mask", "overlay")]
+    for path, content in zip(paths, (labels, picture), strict=True):
+        with whole_file(path) as temporary:
+            Image.fromarray(content).save(temporary, format="PNG")
+    described: list[dict[str, Any]] = [
+        {
+            "predicted_iou": prediction.predicted_iou,
+            "area": int(prediction.mask.sum()),
+            "box": bounding_box(prediction.mask) if prediction.mask.any() else None,
+            "segmentation": encode_rle(prediction.mask),
+        }
+        for prediction in found
+    ]
+    json_path = stem.with_name(f"{stem.name}.json")
+    prompts = {
+        "point": points.tolist() if points is not None else None,
+        "box": box.tolist() if box is not None else None,
+    }
+    write_json(json_path, {"height": image.shape[0], "width": image.shape[1], **prompts, "masks": described})
+    return [*paths, json_path]
