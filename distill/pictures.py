@@ -21,7 +21,7 @@ def draw_prompts(image: np.ndarray, points: np.ndarray | None = None, boxes: np.
     """RGB uint8 (H, W, 3) with points (N, 2) as discs and boxes (N, 4) as frames, the n-th in the n-th colour."""
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
-    stroke = max(1, round(max(picture.size) / 250))
+    stroke = max(2, round(max(picture.size) / 250))
     for number, box in enumerate(np.reshape(boxes, (-1, 4)) if boxes is not None else ()):
         draw.rectangle([float(side) for side in box], outline=_colour(number), width=stroke)
     for number, (x, y) in enumerate(np.reshape(points, (-1, 2)) if points is not None else ()):

@@ -9,11 +9,11 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from embeddings_cache.preprocess import to_encoder_input
-from embeddings_cache.toy_teacher import build_toy_teacher
+from embeddings_cache.toy_teacher import load_toy_teacher
 from students import InputError
 
 TEACHERS = ("vit_h", "vit_l", "vit_b", "toy")
-"""vit_*: segment-anything's three, with a checkpoint in the published layout. toy: needs no file."""
+"""vit_*: segment-anything's three, with a checkpoint in the published layout. toy: comes with the package."""
 
 SAM_IMAGE_SIZE = 1024
 
@@ -55,9 +55,11 @@ def load_teacher(name: str, checkpoint: str | None, image_size: int) -> Sam:
     """
     check_teacher(name, checkpoint, image_size)
     if checkpoint is None:
-        return build_toy_teacher(image_size).requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            return load_toy_teacher(image_size).requires_grad_(False)
     state = _read_state_dict(Path(checkpoint))
-    sam = sam_model_registry[name](checkpoint=None)
+    with torch.random.fork_rng(devices=[]):  # weights that are drawn only to be replaced must not move a run's seed
+        sam = sam_model_registry[name](checkpoint=None)
     try:
         sam.load_state_dict(state)
     except RuntimeError as error:

@@ -28,7 +28,7 @@ def student(name: str = "repvit_m0_9", **numbers: object) -> StudentEncoder:
     """A student with norms as after training, for at their initial values half of the graph does nothing."""
     torch.manual_seed(0)
     numbers = numbers or {"widths": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
-    encoder = create_student(name, image_size=128, embed_dim=64, **numbers)
+    encoder = create_student(name, image_size=128, embed_dim=128, **numbers)
     for layer in encoder.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
@@ -61,7 +61,7 @@ def test_onnx_equals_the_predictors_embedding_at_every_aspect(name: str, tmp_pat
         np.testing.assert_allclose(embedding, predictor.get_image_embedding().numpy(), atol=1e-4)
     assert described["parity"]["max_difference"] < 1e-4
     assert described["inputs"]["image"]["shape"] == [1, 3, 128, 128]
-    assert described["outputs"]["image_embeddings"]["shape"] == [1, 64, 8, 8]
+    assert described["outputs"]["image_embeddings"]["shape"] == [1, 128, 8, 8]
 
 
 def test_the_file_is_one_plain_onnx_model(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_nan_is_a_difference(tmp_path: Path) -> None:
 def test_manifest_describes_the_files(finished_run: Path) -> None:
     directory = finished_run / "run" / "export"
     manifest = json.loads((directory / "manifest.json").read_text())
-    assert manifest["student"] == {"name": "repvit_m0_9", "image_size": 128, "embed_dim": 64}
+    assert manifest["student"] == {"name": "repvit_m0_9", "image_size": 128, "embed_dim": 128}
     assert set(manifest["files"]) == {"encoder.onnx"}
     entry = manifest["files"]["encoder.onnx"]
     assert entry["sha256"] == sha256(directory / "encoder.onnx")

@@ -13,7 +13,7 @@ from embeddings_cache.preprocess import (
     to_encoder_input,
 )
 from embeddings_cache.scenes import generate_scene
-from embeddings_cache.toy_teacher import build_toy_teacher
+from embeddings_cache.toy_teacher import load_toy_teacher
 
 
 class Recorder(nn.Module):
@@ -43,7 +43,7 @@ def photograph(height: int, width: int) -> np.ndarray:
 def test_equals_sam_predictors_input_to_the_last_bit(height: int, width: int, image_size: int) -> None:
     image = photograph(height, width)
     assert image.shape == (height, width, 3)
-    sam = build_toy_teacher(128)
+    sam = load_toy_teacher(128)
     sam.image_encoder = Recorder(image_size)
     predictor = SamPredictor(sam)
     predictor.set_image(image)

@@ -61,7 +61,9 @@ def test_checkpoints_in_segment_anythings_layout_load(
     if wrap == "ddp":
         content = {f"module.{name}": tensor for name, tensor in vit_b_state.items()}
     torch.save(content, tmp_path / "sam.pth")
+    before = torch.random.get_rng_state()
     sam = load_teacher("vit_b", str(tmp_path / "sam.pth"), 1024)
+    assert torch.equal(torch.random.get_rng_state(), before)  # what training draws does not depend on it
     assert all(torch.equal(tensor, vit_b_state[name]) for name, tensor in sam.state_dict().items())
     assert not sam.training
     assert not any(parameter.requires_grad for parameter in sam.parameters())

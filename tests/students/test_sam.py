@@ -4,10 +4,10 @@ import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
 from embeddings_cache.scenes import generate_scene
-from embeddings_cache.toy_teacher import build_toy_teacher
+from embeddings_cache.toy_teacher import load_toy_teacher
 from students import build_student_sam, create_student
 
-TINY = {"embed_dim": 64, "widths": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
+TINY = {"embed_dim": 128, "widths": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 
 
 @pytest.fixture
@@ -16,13 +16,13 @@ def scene() -> np.ndarray:
 
 
 def test_student_serves_sam_predictor(scene: np.ndarray) -> None:
-    teacher = build_toy_teacher(128)
+    teacher = load_toy_teacher(128)
     encoder = create_student("repvit_m0_9", 128, **TINY)
     sam = build_student_sam(encoder, teacher)
     assert not sam.training
     predictor = SamPredictor(sam)
     predictor.set_image(scene)
-    assert predictor.get_image_embedding().shape == (1, 64, 8, 8)
+    assert predictor.get_image_embedding().shape == (1, 128, 8, 8)
     masks, iou, low_res = predictor.predict(np.array([[60, 50]]), np.array([1]), box=np.array([20, 20, 90, 90]))
     assert masks.shape == (3, *scene.shape[:2])
     assert iou.shape == (3,)
@@ -32,7 +32,7 @@ def test_student_serves_sam_predictor(scene: np.ndarray) -> None:
 
 def test_decoder_is_the_teachers_own(scene: np.ndarray) -> None:
     """With the teacher's encoder in the student's place nothing changes."""
-    teacher = build_toy_teacher(128)
+    teacher = load_toy_teacher(128)
     swapped = build_student_sam(teacher.image_encoder, teacher)
     answers = []
     for sam in (teacher, swapped):
@@ -44,7 +44,7 @@ def test_decoder_is_the_teachers_own(scene: np.ndarray) -> None:
 
 def test_student_serves_the_automatic_mask_generator(scene: np.ndarray) -> None:
     torch.manual_seed(0)
-    sam = build_student_sam(create_student("repvit_m0_9", 128, **TINY), build_toy_teacher(128))
+    sam = build_student_sam(create_student("repvit_m0_9", 128, **TINY), load_toy_teacher(128))
     generator = SamAutomaticMaskGenerator(
         sam, points_per_side=4, pred_iou_thresh=-10.0, stability_score_thresh=0.0, crop_n_layers=1
     )
@@ -54,7 +54,7 @@ def test_student_serves_the_automatic_mask_generator(scene: np.ndarray) -> None:
 
 
 def test_what_does_not_fit_the_decoder_is_refused() -> None:
-    with pytest.raises(ValueError, match="makes 32 channels, the decoder takes 64"):
-        build_student_sam(create_student("repvit_m0_9", 128, **{**TINY, "embed_dim": 32}), build_toy_teacher(128))
+    with pytest.raises(ValueError, match="makes 32 channels, the decoder takes 128"):
+        build_student_sam(create_student("repvit_m0_9", 128, **{**TINY, "embed_dim": 32}), load_toy_teacher(128))
     with pytest.raises(ValueError, match="192 px"):
-        build_student_sam(create_student("repvit_m0_9", 192, **TINY), build_toy_teacher(128))
+        build_student_sam(create_student("repvit_m0_9", 192, **TINY), load_toy_teacher(128))
