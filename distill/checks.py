@@ -27,16 +27,12 @@ CHOICES_OF_EACH: dict[str, tuple[str, ...]] = {"export.formats": ("onnx",), "tra
 AT_LEAST_ONE = (
     "teacher.batch_size", "data.val_images", "cache.images_per_shard", "train.batch_size",
     "train.accumulate", "train.checkpoint_every", "train.log_every", "evaluate.masks_per_image", "evaluate.grid",
+    "predict.points_per_side",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "seed",
-    "train.epochs",
-    "data.max_skipped",
-    "train.weight_decay",
-    "train.warmup_steps",
-    "train.workers",
+    "seed", "train.epochs", "data.max_skipped", "train.weight_decay", "train.warmup_steps", "train.workers",
     "train.watch_images",
-)
+)  # fmt: skip
 POSITIVE = ("data.fraction", "train.lr", "train.clip_norm")
 
 

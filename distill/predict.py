@@ -14,7 +14,7 @@ from distill.evaluate.masks import load_sams
 from distill.pictures import draw_prompts, overlay
 from distill.recipe import Recipe
 from distill.run import chosen_student
-from distill.schema import numbers
+from distill.schema import PredictRecipe, numbers
 from embeddings_cache.annotations import bounding_box, encode_rle
 from embeddings_cache.files import whole_file, write_json
 from embeddings_cache.images import decode_image, reason_of
@@ -51,7 +51,11 @@ def predict(recipe: Recipe, accelerator: Accelerator) -> bool:
         )
     if accelerator.is_main_process:
         prompted = points is not None or box is not None
-        found = [from_prompts(student_sam, image, points, box)] if prompted else everything(student_sam, image)
+        found = (
+            [from_prompts(student_sam, image, points, box)]
+            if prompted
+            else everything(student_sam, image, recipe.predict)
+        )
         stem = Path(recipe.run_dir) / "predict" / Path(recipe.image or "").stem
         written = write_prediction(stem, image, found, points, box)
         if prompted:
@@ -114,9 +118,9 @@ def from_prompts(sam: Sam, image: np.ndarray, points: np.ndarray | None, box: np
     return Prediction(masks[best], float(ious[best]))
 
 
-def everything(sam: Sam, image: np.ndarray) -> list[Prediction]:
+def everything(sam: Sam, image: np.ndarray, settings: PredictRecipe) -> list[Prediction]:
     """All masks that segment-anything's own generator keeps, the largest first."""
-    found = SamAutomaticMaskGenerator(sam).generate(image)
+    found = SamAutomaticMaskGenerator(sam, **vars(settings)).generate(image)
     found.sort(key=lambda entry: -entry["area"])
     return [Prediction(entry["segmentation"], float(entry["predicted_iou"])) for entry in found]
 

@@ -90,6 +90,13 @@ class ExportRecipe:
 
 
 @dataclass
+class PredictRecipe:
+    points_per_side: int = 32  # without prompts: a grid of this many points squared, as in segment-anything
+    pred_iou_thresh: float = 0.88  # masks with a lower predicted IoU are dropped
+    stability_score_thresh: float = 0.95  # masks that change more than this with the threshold are dropped
+
+
+@dataclass
 class Recipe:
     name: str = ""  # the recipe's name; from its file
     stage: str = "all"  # all, or one of precompute, train, evaluate, export, report; or predict
@@ -107,6 +114,7 @@ class Recipe:
     train: TrainRecipe = field(default_factory=TrainRecipe)
     evaluate: EvaluateRecipe = field(default_factory=EvaluateRecipe)
     export: ExportRecipe = field(default_factory=ExportRecipe)
+    predict: PredictRecipe = field(default_factory=PredictRecipe)
 
 
 def numbers(text: str) -> list[float]:

@@ -85,7 +85,7 @@ def predictor_image(photo: Path) -> np.ndarray:
 def test_without_prompts_everything_is_segmented(photo: Path) -> None:
     with Image.open(photo) as image:
         pixels = np.asarray(image.rotate(90, expand=True))
-    found = everything(load_teacher("toy", None, 256), pixels)
+    found = everything(load_teacher("toy", None, 256), pixels, load_recipe(["recipe=quickstart"]).predict)
     areas = [entry.mask.sum() for entry in found]
     assert areas == sorted(areas, reverse=True)
     truth = generate_scene(np.random.default_rng(5), 300)[1]

@@ -15,9 +15,9 @@ from students import InputError
 
 def test_a_shard_can_be_read_with_h5py_alone(cache_dir: Path, identity: CacheIdentity) -> None:
     with h5py.File(cache_dir / "shard-00000-00000.h5") as file:
-        assert file["embeddings"].shape == (10, 64, 8, 8)
+        assert file["embeddings"].shape == (10, 128, 8, 8)
         assert file["embeddings"].dtype == np.float16
-        assert file["embeddings"].chunks == (1, 64, 8, 8)
+        assert file["embeddings"].chunks == (1, 128, 8, 8)
         assert file["embeddings"].fletcher32
         assert file["images"].shape == file["keys"].shape == file["annotations"].shape == (10,)
         assert file["original_size"].dtype == file["input_size"].dtype == np.int32
