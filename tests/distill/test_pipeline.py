@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import torch
 from segment_anything import sam_model_registry
@@ -161,6 +162,14 @@ def test_the_readmes_first_command(tmp_path: Path) -> None:
         means = sizes["all"]
         assert means["student_truth"] > 0.85 * means["teacher_truth"] > 0.5
     assert str(Path("runs") / "quickstart" / "report" / "index.html") in first.stdout
+    by_step = report["curves"]["val_mse"]
+    assert report["evaluation"]["embedding"]["mse"] < 0.25 * by_step[0][1]
+    # Better than the best that ignores the image: the mean embedding of the training images.
+    cache = EmbeddingsCache(tmp_path / "caches" / "quickstart")
+    rows, held_out = cache.split(report["settings"]["data"]["val_images"])
+    mean = np.mean([cache[index].embedding.astype(np.float32) for index in rows], axis=0)
+    constant = np.mean([((cache[index].embedding - mean) ** 2).mean() for index in held_out])
+    assert by_step[-1][1] < 0.9 * constant
     before = modified(tmp_path)
     second = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert second.returncode == 0, second.stderr
