@@ -1,27 +1,31 @@
 """Generated scenes with exact masks, in SA-1B's own layout: data for the quickstart and the tests.
 
-Overlapping shapes of many kinds lie on a textured ground, painted back to front; a mask is the part of a shape that
-is left visible. Everything follows from the seed.
+Overlapping shapes of many kinds lie on a textured ground, painted back to front. A mask is a connected part of a shape
+that is left visible: SAM's data engine drops small regions, so that SA-1B's masks are nearly all in one part
+(arXiv:2304.02643, appendix B). Everything follows from the seed.
 """
 
 import io
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter, shift, zoom
+from scipy.ndimage import gaussian_filter, label, shift, zoom
 
 from embeddings_cache.annotations import bounding_box, center_point, encode_rle
 from embeddings_cache.files import whole_file
 from students import InputError
 
 SCENES_PER_TAR = 64
-MIN_AREA = 40
-"""Pixels; a shape of which less than this is left visible gets no mask."""
+MIN_SHARE = 1 / 400
+"""Of the picture; a part smaller than this gets no mask."""
+
+MIN_CONTRAST = 40
+"""Of 255, in some channel: between the mean colour of a shape and of what it covers, so that it can be seen."""
 
 SHADOW_MARGIN = 16
 """Pixels that a shadow reaches beyond its shape: its offset and its blur."""
@@ -107,7 +111,7 @@ def generate_scene(rng: np.random.Generator, longest_side: int) -> tuple[np.ndar
     """One scene.
 
     Returns:
-        RGB uint8 (H, W, 3) with max(H, W) = longest_side, and a boolean (H, W) mask a visible shape.
+        RGB uint8 (H, W, 3) with max(H, W) = longest_side, and a boolean (H, W) mask a visible part.
     """
     short = int(longest_side * rng.uniform(0.65, 1.0))
     height, width = (short, longest_side) if rng.random() < 0.6 else (longest_side, short)
@@ -115,21 +119,30 @@ def generate_scene(rng: np.random.Generator, longest_side: int) -> tuple[np.ndar
 
     canvas = _texture(rng, grid)
     owner = np.zeros((height, width), dtype=np.int32)
-    sizes = np.sort(rng.uniform(0.06, 0.3, size=rng.integers(4, 11)))[::-1] * longest_side
+    sizes = np.sort(rng.uniform(0.08, 0.3, size=rng.integers(3, 9)))[::-1] * longest_side
     for number, size in enumerate(sizes, start=1):
         window, shape = _shape(rng, grid, float(size))
+        if not shape.any():
+            continue
         if rng.random() < 0.5:  # a soft shadow, so that contrast at a boundary is not the same all around
             shadow = gaussian_filter(shift(shape.astype(np.float32), rng.integers(-8, 9, 2), order=0), 3)
             canvas[window] *= 1 - 0.5 * shadow[..., None]
-        canvas[window][shape] = _texture(rng, (grid[0][window], grid[1][window]))[shape]
+        canvas[window][shape] = _surface(rng, (grid[0][window], grid[1][window]), shape, canvas[window][shape])
         owner[window][shape] = number
 
     light = 1 + rng.uniform(-0.25, 0.25) * (grid[0] / height - 0.5) + rng.uniform(-0.25, 0.25) * (grid[1] / width - 0.5)
     canvas *= light[..., None]
     gaussian_filter(canvas, (rng.uniform(0, 0.8),) * 2 + (0,), output=canvas)
     canvas += rng.uniform(0, 8) * rng.standard_normal(canvas.shape, dtype=np.float32)
-    masks = [owner == number for number in range(1, len(sizes) + 1)]
-    return canvas.clip(0, 255).astype(np.uint8), [mask for mask in masks if mask.sum() >= MIN_AREA]
+    masks = [part for part in _parts(owner) if part.mean() >= MIN_SHARE]
+    return canvas.clip(0, 255).astype(np.uint8), masks
+
+
+def _parts(owner: np.ndarray) -> Iterator[np.ndarray]:
+    """The connected parts of each shape that is still to be seen."""
+    for number in range(1, owner.max() + 1):
+        labels, count = label(owner == number)
+        yield from (labels == part for part in range(1, count + 1))
 
 
 def _shape(rng: np.random.Generator, grid: Grid, radius: float) -> tuple[Window, np.ndarray]:
@@ -151,7 +164,7 @@ def _shape(rng: np.random.Generator, grid: Grid, radius: float) -> tuple[Window,
         lambda: np.abs(u) ** (p := rng.uniform(0.7, 8)) + np.abs(v) ** p < 1,  # star, diamond, ellipse, box
         lambda: np.hypot(u, v) < _wave(rng, np.arctan2(v, u)),  # blob
         lambda: np.hypot(u, v) < _polygon(rng, np.arctan2(v, u)),  # regular polygon
-        lambda: np.abs(np.hypot(u, v) - 0.8) < rng.uniform(0.12, 0.3),  # ring
+        lambda: np.abs(np.hypot(u, v) - 0.8) < rng.uniform(0.2, 0.3),  # ring
         lambda: (np.abs(v - 0.5 * np.sin(3 * u)) < 0.3) & (np.abs(u) < 1.2),  # ribbon
     )
 
@@ -168,6 +181,14 @@ def _wave(rng: np.random.Generator, angle: np.ndarray) -> np.ndarray:
 def _polygon(rng: np.random.Generator, angle: np.ndarray) -> np.ndarray:
     step = 2 * np.pi / rng.integers(3, 8)
     return np.cos(step / 2) / np.cos(angle % step - step / 2)
+
+
+def _surface(rng: np.random.Generator, grid: Grid, shape: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """The colours (N, 3) of a shape (H, W) of N pixels, different enough from those that it covers."""
+    while True:
+        colours = _texture(rng, grid)[shape]
+        if np.abs(colours.mean(0) - covered.mean(0)).max() >= MIN_CONTRAST:
+            return colours
 
 
 def _texture(rng: np.random.Generator, grid: Grid) -> np.ndarray:

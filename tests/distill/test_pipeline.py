@@ -160,7 +160,8 @@ def test_the_readmes_first_command(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "runs" / "quickstart" / "report" / "report.json").read_text())
     for sizes in report["evaluation"]["miou"].values():
         means = sizes["all"]
-        assert means["student_truth"] > 0.85 * means["teacher_truth"] > 0.5
+        assert means["teacher_truth"] > 0.75
+        assert means["student_truth"] >= 0.9 * means["teacher_truth"]
     assert str(Path("runs") / "quickstart" / "report" / "index.html") in first.stdout
     by_step = report["curves"]["val_mse"]
     assert report["evaluation"]["embedding"]["mse"] < 0.25 * by_step[0][1]

@@ -1,9 +1,11 @@
 import json
 import tarfile
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.ndimage import label
 
 from embeddings_cache.annotations import decode_masks
 from embeddings_cache.scenes import generate_scene, scene_count, write_scene_tar, write_scene_tars
@@ -20,9 +22,21 @@ def test_scenes_follow_from_their_seed() -> None:
 def test_masks_are_the_visible_parts() -> None:
     for seed in range(5):
         image, masks = generate_scene(np.random.default_rng(seed), 128)
-        assert 1 <= len(masks) <= 10
+        assert masks
         assert all(mask.shape == image.shape[:2] and mask.dtype == bool for mask in masks)
         assert np.sum(masks, axis=0).max() == 1  # no pixel belongs to two
+        assert all(label(mask)[1] == 1 for mask in masks)  # each in one part
+        assert all(mask.sum() >= mask.size / 400 for mask in masks)
+
+
+def test_a_shape_in_pieces_gives_as_many_masks() -> None:
+    """Two masks of one colour: some shapes are cut in two by another, and both parts are there."""
+    cut = 0
+    for seed in range(20):
+        image, masks = generate_scene(np.random.default_rng(seed), 128)
+        colours = [np.median(image[mask], axis=0) for mask in masks]
+        cut += sum(np.abs(a - b).max() < 12 for a, b in combinations(colours, 2))
+    assert cut >= 4
 
 
 def test_a_mask_is_where_its_shape_is() -> None:
