@@ -127,13 +127,14 @@ def test_yaml_leaves_words_as_they_are(tmp_path: Path) -> None:
 
 def test_differences_are_those_that_shape_the_student(tmp_path: Path) -> None:
     saved = tmp_path / "recipe.yaml"
-    saved.write_text(to_yaml(load_recipe(["recipe=quickstart"])))
-    same = load_recipe(["recipe=quickstart", "train.workers=5", "cache.dir=x", "run_dir=y", "evaluate.grid=3"])
+    started = ["recipe=quickstart", "train.lr=0.25"]
+    saved.write_text(to_yaml(load_recipe(started)))
+    same = load_recipe([*started, "train.workers=5", "cache.dir=x", "run_dir=y", "evaluate.grid=3"])
     assert differences(same, saved) == []
     other = load_recipe(["recipe=quickstart", "train.lr=0.5", "student.overrides.widths=[8, 8, 8, 8]"])
-    assert differences(other, saved)[1] == "train.lr: 0.002, now 0.5"
+    assert differences(other, saved)[1] == "train.lr: 0.25, now 0.5"
     for key in ("train.epochs=3", "train.accumulate=2", "seed=1"):
-        assert len(differences(load_recipe(["recipe=quickstart", key]), saved)) == 1
+        assert len(differences(load_recipe([*started, key]), saved)) == 1
     saved.write_text("of: another version")
     with pytest.raises(InputError, match="unknown key 'of'"):
         differences(same, saved)
