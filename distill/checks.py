@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from distill.schema import IMAGES, ON_REQUEST, STAGES, Recipe, numbers
+from embeddings_cache.encoder import TEACHER_DTYPES
 from embeddings_cache.format import DTYPES
 from embeddings_cache.scenes import scene_count
 from embeddings_cache.teacher import TEACHERS
@@ -18,6 +19,7 @@ CHOICES: dict[str, Callable[[], Sequence[str]]] = {
     "student.name": list_students,
     "student.downsample": lambda: ("stride1",),
     "teacher.name": lambda: TEACHERS,
+    "teacher.dtype": lambda: TEACHER_DTYPES,
     "cache.dtype": lambda: DTYPES,
     "train.mixed_precision": lambda: ("no", "bf16", "fp16"),
     "evaluate.task": lambda: ("masks",),
@@ -31,7 +33,7 @@ AT_LEAST_ONE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "train.epochs", "data.max_skipped", "train.weight_decay", "train.warmup_steps", "train.workers",
-    "train.watch_images",
+    "train.watch_images", "verify.recompute",
 )  # fmt: skip
 POSITIVE = ("data.fraction", "train.lr", "train.clip_norm")
 

@@ -1,5 +1,6 @@
 """The command line: one recipe, one or all stages."""
 
+import errno
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
+from distill.cache_stages import run_precompute, run_verify
 from distill.evaluate.masks import evaluate_masks
 from distill.export.stage import export
 from distill.predict import predict, prompts_within, read_photograph
@@ -29,12 +31,12 @@ from distill.schema import ON_REQUEST
 from distill.train import check_batch, train
 from embeddings_cache.files import sole_user
 from embeddings_cache.format import read_info
-from embeddings_cache.precompute import cache_identity, precompute
-from embeddings_cache.progress import progress_bar
-from embeddings_cache.reader import is_complete
-from embeddings_cache.scenes import scene_count, write_scene_tars
+from embeddings_cache.overlap import available_cores
+from embeddings_cache.scenes import scene_count
 from embeddings_cache.sources import expand_sources, pick_sources
-from embeddings_cache.teacher import check_teacher, load_teacher
+from embeddings_cache.stopping import Stopped
+from embeddings_cache.teacher import check_teacher
+from embeddings_cache.verify import DamagedCache
 from students import InputError, StudentConfig, build_encoder
 
 USAGE = """\
@@ -49,12 +51,15 @@ These were generated scenes and a teacher that knows nothing else; a real run ta
 accelerate launch distill.py recipe=repvit_m2_3 teacher.checkpoint=sam_vit_h_4b8939.pth \
 data.images='TARS OR FOLDER' data.fraction=1.0"""
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""What a disk says that is full, over quota, or not ours to write to."""
+
 OTHERS_WAIT = 5.0
 """Seconds that a process other than the main one waits before it reports what stopped it."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run what the command line asks for; returns the exit code: 0, or 2 after one line on stderr."""
+    """Run what the command line asks for; returns the exit code, not 0 after one line on stderr."""
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(help_text())
         return 0
@@ -67,6 +72,19 @@ def main(arguments: list[str]) -> int:
             time.sleep(OTHERS_WAIT)
         print(f"distill.py: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        print(f"distill.py: {error.strerror}{where}; the same command goes on from here", file=sys.stderr)
+        return 2
+    except DamagedCache as damage:
+        print(f"distill.py: {damage}", file=sys.stderr)
+        return 1
+    except Stopped as stopped:
+        if not rank:  # all of them are told to stop
+            print(f"distill.py: {stopped}; the same command goes on from here", file=sys.stderr)
+        return 128 + stopped.signal_number
     except KeyboardInterrupt:
         print("distill.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -105,6 +123,7 @@ def run_stage(stage: str, recipe: Recipe, accelerator: Accelerator) -> None:
         "export": export,
         "report": report,
         "predict": predict,
+        "verify": run_verify,
     }
     noted = accelerator.is_main_process and stage in STAGES
     started = time.perf_counter()
@@ -141,47 +160,7 @@ def use_all_cores(accelerator: Accelerator) -> None:
     `accelerate launch` and `torchrun` set one thread a process unless OMP_NUM_THREADS says otherwise.
     """
     if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def run_precompute(recipe: Recipe, accelerator: Accelerator) -> bool:
-    """`embeddings_cache.precompute` with a recipe's settings; returns False where the cache was there."""
-    directory = Path(recipe.cache.dir)
-    sam = load_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
-    identity = cache_identity(
-        sam,
-        recipe.teacher.name,
-        dtype=recipe.cache.dtype,
-        jpeg_quality=recipe.cache.jpeg_quality,
-        images=recipe.data.images,
-        fraction=recipe.data.fraction,
-    )
-    before = read_info(directory)
-    complete = before is not None and is_complete(directory, before)
-    info = precompute(
-        directory,
-        sam,
-        identity,
-        lambda: image_sources(recipe, accelerator),
-        accelerator,
-        batch_size=recipe.teacher.batch_size,
-        images_per_shard=recipe.cache.images_per_shard,
-        max_skipped=recipe.data.max_skipped,
-    )
-    skipped = f", {info.skipped} bad samples skipped (skipped.jsonl)" if info.skipped else ""
-    accelerator.print(f"precompute: {info.images} images in {directory}{skipped}")
-    return not complete
-
-
-def image_sources(recipe: Recipe, accelerator: Accelerator) -> list[str]:
-    """The tars and folders of `data.images`; scenes are generated first."""
-    count = scene_count(recipe.data.images)
-    if not count:
-        return expand_sources(recipe.data.images)
-    directory, longest_side = Path(recipe.cache.dir) / "scenes", recipe.image_size * 5 // 4
-    with accelerator.main_process_first(), progress_bar(accelerator, "scenes", "scenes", total=count) as progress:
-        return write_scene_tars(directory, count, longest_side, done=progress.update)
+        torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
@@ -190,7 +169,9 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
     Raises:
         InputError: something that a stage needs is missing, or does not fit.
     """
-    if {"precompute", "evaluate", "report", "predict"} & set(stages):
+    if {"precompute", "evaluate", "report", "predict"} & set(stages) or (
+        "verify" in stages and recipe.verify.recompute
+    ):
         check_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
     info = read_info(Path(recipe.cache.dir))
     if info is not None and info.complete and {"precompute", "train"} & set(stages):

@@ -11,7 +11,7 @@ import yaml
 STAGES = ("precompute", "train", "evaluate", "export", "report")
 """What `stage=all` runs, in order."""
 
-ON_REQUEST = ("predict",)
+ON_REQUEST = ("verify", "predict")
 """Stages that run only when they are named."""
 
 IMAGES = ("data.images", "evaluate.data")
@@ -40,7 +40,9 @@ class StudentRecipe:
 class TeacherRecipe:
     name: str = "vit_h"  # vit_h, vit_l, vit_b (also fine-tuned), or toy, which needs no weights
     checkpoint: str | None = None  # weights in segment-anything's layout (.pth); not for toy
-    batch_size: int = 1  # images a teacher pass, in each process
+    batch_size: int | None = None  # images a teacher pass, in each process; default: as many as fit, on a CPU 1
+    dtype: str = "auto"  # float32, bfloat16 or float16; auto: bfloat16 on a GPU that has it, float32 elsewhere
+    compile: bool = False  # torch.compile the teacher: minutes at the start, faster from then on
 
 
 @dataclass
@@ -54,7 +56,7 @@ class DataRecipe:
 @dataclass
 class CacheRecipe:
     dir: str = "caches/${teacher.name}-${image_size}px"  # where the embeddings go; recipes of one teacher may share it
-    dtype: str = "float16"  # how embeddings are stored
+    dtype: str = "float16"  # how embeddings are stored: float16, or int8, which takes half as much
     images_per_shard: int = 256  # rows a shard, and so what a crash costs at most
     jpeg_quality: Any = 95  # 1-100, or png for lossless; teacher and student see the picture after this
 
@@ -97,9 +99,15 @@ class PredictRecipe:
 
 
 @dataclass
+class VerifyRecipe:
+    recompute: int = 16  # rows that the teacher embeds again, to compare with the cache; 0: none, and no weights needed
+    drop: bool = False  # remove damaged shards, so that precompute makes their rows, and only those, again
+
+
+@dataclass
 class Recipe:
     name: str = ""  # the recipe's name; from its file
-    stage: str = "all"  # all, or one of precompute, train, evaluate, export, report; or predict
+    stage: str = "all"  # all, or one of precompute, train, evaluate, export, report; or verify, predict
     seed: int = 0  # of weights and of the order of images
     image_size: int = 1024  # side of the square input in pixels
     run_dir: str = "runs/${name}"  # where results go
@@ -115,6 +123,7 @@ class Recipe:
     evaluate: EvaluateRecipe = field(default_factory=EvaluateRecipe)
     export: ExportRecipe = field(default_factory=ExportRecipe)
     predict: PredictRecipe = field(default_factory=PredictRecipe)
+    verify: VerifyRecipe = field(default_factory=VerifyRecipe)
 
 
 def numbers(text: str) -> list[float]:

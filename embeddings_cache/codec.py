@@ -1,6 +1,7 @@
-"""A row of the cache, and how its picture is stored."""
+"""A row of the cache, and how its picture and its embedding are stored."""
 
 import io
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,32 @@ class CacheRow:
     def pixels(self) -> np.ndarray:
         """The very pixels that the teacher saw: RGB uint8 (h, w, 3)."""
         return decode_pixels(self.encoded)
+
+
+def encode_embedding(embedding: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
+    """Embedding (C, h, w) → what the cache keeps of it, by dataset.
+
+    float16: `embeddings` (C, h, w) as it is. int8: `embeddings` int8 (C, h, w) and `scales` float32 (C,), symmetric for
+    each channel of each image: embedding ≈ embeddings × scales, off by half a scale at most.
+    """
+    if dtype == "float16":
+        return {"embeddings": embedding.astype(np.float16, copy=False)}
+    wide = embedding.astype(np.float32)
+    scales = np.abs(wide).max(axis=(1, 2)) / np.float32(127)
+    steps = wide / np.where(scales > 0, scales, 1)[:, None, None]
+    return {"embeddings": np.rint(steps).astype(np.int8), "scales": scales}
+
+
+def decode_embedding(embeddings: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+    """Inverse of `encode_embedding`: float16 (C, h, w)."""
+    if scales is None:
+        return embeddings
+    return (embeddings * scales[:, None, None]).astype(np.float16)
+
+
+def crc32_of(row: CacheRow) -> int:
+    """CRC-32 of key, picture and annotation, which HDF5's own checksums do not cover."""
+    return zlib.crc32((row.annotation or "").encode(), zlib.crc32(row.encoded, zlib.crc32(row.key.encode())))
 
 
 def encode_pixels(pixels: np.ndarray, quality: int | str) -> bytes:

@@ -65,15 +65,17 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def sole_user(directory: Path) -> Iterator[None]:
+def sole_user(directory: Path, rank: int = 0) -> Iterator[None]:
     """Hold a directory for this process; the operating system lets go of it however the process ends.
+
+    Of several processes each holds its own lock: one that outlives the others still keeps a new run away.
 
     Raises:
         InputError: another process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(directory / ".lock", timeout=0):
+        with FileLock(directory / (f".lock-{rank}" if rank else ".lock"), timeout=0):
             yield
     except Timeout:
         raise InputError(f"{directory} is in use by another run") from None

@@ -21,11 +21,12 @@ from students import InputError
 
 FORMAT = "sam-distill embeddings cache"
 VERSION = 1
-DTYPES = ("float16",)
+DTYPES = ("float16", "int8")
 
 RECIPE_KEYS = {
     "teacher_name": "teacher.name",
     "teacher_sha256": "SHA-256 of the teacher's weights",
+    "teacher_dtype": "teacher.dtype",
     "dtype": "cache.dtype",
     "jpeg_quality": "cache.jpeg_quality",
     "preprocess": "fingerprint of the preprocessing",
@@ -44,6 +45,7 @@ class CacheIdentity:
 
     teacher_name: str
     teacher_sha256: str
+    teacher_dtype: str
     image_size: int
     embedding_shape: tuple[int, int, int]
     dtype: str
@@ -90,6 +92,7 @@ def identity_of(values: Mapping[str, Any]) -> CacheIdentity:
     Raises:
         KeyError: a field is missing.
     """
+    values = {"teacher_dtype": "float32", **values}  # what it was before it could be chosen
     plain = {entry.name: values[entry.name] for entry in fields(CacheIdentity)}
     plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in plain.items()}
     return CacheIdentity(**{**plain, "embedding_shape": tuple(plain["embedding_shape"])})

@@ -5,15 +5,20 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from embeddings_cache.annotations import usable_annotation
+from embeddings_cache.overlap import map_ahead
 from embeddings_cache.sources import IMAGE_SUFFIXES, Share, is_remote, relative_key, suffix_of, walk_images
-from embeddings_cache.tars import Skipped, image_keys, tar_samples
+from embeddings_cache.tars import Skipped, first_image_keys, tar_samples
 from students import first_line
+
+LISTED_MEMBERS = 2000
+"""Files of a tar whose names are read to count its images; SA-1B's have some 22,000."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,16 @@ class Sample:
 
 
 def read_images(
-    shares: Iterable[Share], wanted: Callable[[str], bool] = lambda key: True, skipped: Skipped = lambda key, why: None
+    shares: Iterable[Share],
+    wanted: Callable[[str], bool] = lambda key: True,
+    skipped: Skipped = lambda key, why: None,
+    threads: int = 1,
+    divided: dict[str, int] | None = None,
 ) -> Iterator[Sample]:
-    """Decode the wanted images of some sources, one at a time.
+    """Decode the wanted images of some sources, in order, by some threads.
+
+    `divided` is filled with the number of wanted keys in each source that several processes divide: they must have
+    found the same, or some image is read twice or not at all.
 
     Bad samples are reported through `skipped` and passed over: an image that cannot be decoded, JSON that cannot be
     parsed, a key seen before, an annotation without image, a local tar that ends too early.
@@ -41,21 +53,41 @@ def read_images(
     Raises:
         InputError: a source that cannot be opened at all, or a download that breaks off.
     """
+    raw_samples = _unique_samples(shares, wanted, skipped, {} if divided is None else divided)
+    for sample in map_ahead(_decoded, raw_samples, threads, ahead=2 * threads):
+        if isinstance(sample, Sample):
+            yield sample
+        else:
+            skipped(*sample)
+
+
+def _unique_samples(
+    shares: Iterable[Share], wanted: Callable[[str], bool], skipped: Skipped, divided: dict[str, int]
+) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
+
+    def mine(share: Share, positions: dict[str, int], key: str) -> bool:
+        return wanted(key) and positions.setdefault(key, len(positions)) % share.parts == share.part
+
     for share in shares:
-        for raw in _raw_samples(share, wanted, skipped):
+        positions: dict[str, int] = {}  # of wanted keys: the same in every process that reads this source
+        for raw in _raw_samples(share.source, partial(mine, share, positions), skipped):
             key = raw["__key__"]
             if reason := _no_sample(raw, seen):
                 skipped(key, reason)
-            if reason is not None:
-                continue
-            seen.add(key)
-            try:
-                sample = decode_sample(key, raw)
-            except Exception as error:  # Pillow lets many kinds through; one bad sample must not end the run
-                skipped(key, reason_of(error))
-                continue
-            yield sample
+            if reason is None:
+                seen.add(key)
+                yield raw
+        if share.parts > 1:
+            divided[share.source] = len(positions)
+
+
+def _decoded(raw: dict[str, Any]) -> Sample | tuple[str, str]:
+    """The sample, or its key and why it cannot be had."""
+    try:
+        return decode_sample(raw["__key__"], raw)
+    except Exception as error:  # Pillow lets many kinds through; one bad sample must not end the run
+        return raw["__key__"], reason_of(error)
 
 
 def reason_of(error: Exception) -> str:
@@ -101,16 +133,12 @@ def _no_sample(raw: dict[str, Any], seen: set[str]) -> str | None:
     return "key seen before" if raw["__key__"] in seen else None
 
 
-def _raw_samples(share: Share, wanted: Callable[[str], bool], skipped: Skipped) -> Iterator[dict[str, Any]]:
-    """Undecoded samples of one share, as WebDataset groups them: `__key__`, and bytes by suffix."""
-
-    def mine(key: str) -> bool:
-        return share.holds(key) and wanted(key)
-
-    if os.path.isdir(share.source):
-        yield from _folder_samples(share.source, mine, skipped)
+def _raw_samples(source: str, mine: Callable[[str], bool], skipped: Skipped) -> Iterator[dict[str, Any]]:
+    """Undecoded samples of one source, as WebDataset groups them: `__key__`, and bytes by suffix."""
+    if os.path.isdir(source):
+        yield from _folder_samples(source, mine, skipped)
     else:
-        yield from tar_samples(share.source, mine, skipped)
+        yield from tar_samples(source, mine, skipped)
 
 
 def _folder_samples(root: str, mine: Callable[[str], bool], skipped: Skipped) -> Iterator[dict[str, Any]]:
@@ -129,22 +157,19 @@ def _folder_samples(root: str, mine: Callable[[str], bool], skipped: Skipped) ->
         yield raw
 
 
-def count_images(shares: list[Share], chosen: Callable[[str], bool]) -> int | None:
-    """How many chosen images some local shares hold, from names alone; None if a source is remote.
+def count_images(sources: list[str], wanted: Callable[[str], bool]) -> int | None:
+    """How many wanted images some local sources hold, from names alone; None if one is remote.
 
-    For the progress bar: past 16 tars the rest is estimated from their sizes.
+    Large tars and many tars are estimated: from the beginnings of 16 of them, and from their sizes.
     """
-    if any(is_remote(share.source) for share in shares):
+    if any(map(is_remote, sources)):
         return None
-    folders = [share for share in shares if os.path.isdir(share.source)]
-    tars = [share for share in shares if not os.path.isdir(share.source)]
-
-    def held(share: Share, keys: Iterable[str]) -> int:
-        return sum(share.holds(key) and chosen(key) for key in keys)
-
-    looked_at = tars[:16]
-    total = sum(held(s, (relative_key(path, s.source) for path in walk_images(s.source))) for s in folders)
-    found = sum(held(share, image_keys(share.source)) for share in looked_at)
-    size = sum(os.path.getsize(share.source) for share in looked_at)
-    scale = sum(os.path.getsize(share.source) for share in tars) / size if size else 0.0
+    folders, tars = [s for s in sources if os.path.isdir(s)], [s for s in sources if not os.path.isdir(s)]
+    total = sum(wanted(relative_key(path, folder)) for folder in folders for path in walk_images(folder))
+    found = listed_bytes = 0.0
+    for tar in tars[:: max(1, len(tars) // 16)]:
+        keys, share = first_image_keys(tar, LISTED_MEMBERS)
+        found += sum(map(wanted, keys))
+        listed_bytes += share * os.path.getsize(tar)
+    scale = sum(map(os.path.getsize, tars)) / listed_bytes if listed_bytes else 0.0
     return total + round(found * scale)

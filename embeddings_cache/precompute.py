@@ -1,39 +1,43 @@
 """Precompute: the teacher sees every chosen image once; its embeddings go to shards."""
 
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
-from itertools import islice
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from segment_anything.modeling import Sam
 
-from embeddings_cache.codec import CacheRow, decode_pixels, encode_pixels
+from embeddings_cache.embed import embedded_rows
+from embeddings_cache.encoder import TeacherEncoder
 from embeddings_cache.files import TEMPORARY, sole_user, whole_file, write_json
 from embeddings_cache.format import CacheIdentity, CacheInfo, images_name, read_info
-from embeddings_cache.images import Sample, count_images, read_images
-from embeddings_cache.preprocess import fingerprint, pad_pixels, resize_longest_side
+from embeddings_cache.images import count_images, read_images
+from embeddings_cache.overlap import available_cores, map_ahead
+from embeddings_cache.preprocess import fingerprint
 from embeddings_cache.progress import progress_bar
 from embeddings_cache.reader import is_complete, keys_in, shard_paths
-from embeddings_cache.sources import assign_sources, keep_key, pick_sources
-from embeddings_cache.tars import Skipped
-from embeddings_cache.teacher import encode, weights_sha256
+from embeddings_cache.sources import Share, assign_sources, keep_key, pick_sources
+from embeddings_cache.space import check_space
+from embeddings_cache.stopping import stop_on_request
+from embeddings_cache.teacher import weights_sha256
 from embeddings_cache.writer import ShardWriter
 from students import InputError
 
 ENOUGH_TO_JUDGE = 1000
 """Samples after which a running process may stop over `max_skipped`; before, chance decides too much."""
 
+MOST_THREADS = 8
+
 
 def cache_identity(
     sam: Sam,
     teacher_name: str,
     *,
+    teacher_dtype: str,
     dtype: str,
     jpeg_quality: int | str,
     images: str | list[str],
@@ -46,6 +50,7 @@ def cache_identity(
     return CacheIdentity(
         teacher_name=teacher_name,
         teacher_sha256=weights_sha256(sam),
+        teacher_dtype=teacher_dtype,
         image_size=encoder.img_size,
         embedding_shape=(channels, cells, cells),
         dtype=dtype,
@@ -63,7 +68,8 @@ def precompute(
     find_sources: Callable[[], list[str]],
     accelerator: Accelerator,
     *,
-    batch_size: int = 1,
+    batch_size: int | None = None,
+    compiled: bool = False,
     images_per_shard: int = 256,
     max_skipped: float = 0.01,
 ) -> CacheInfo:
@@ -75,7 +81,8 @@ def precompute(
         identity: from `cache_identity`.
         find_sources: gives the tars and folders, of which `identity.data_fraction` is used; called only if something
             is missing, so that a finished cache needs no tar any more.
-        batch_size: images a teacher pass.
+        batch_size: images a teacher pass; None: as many as fit.
+        compiled: whether the teacher goes through `torch.compile`.
         images_per_shard: rows a shard, and so what a crash costs at most.
         max_skipped: share of bad samples above which the run stops.
 
@@ -83,92 +90,93 @@ def precompute(
         What `cache.json` says at the end.
 
     Raises:
-        InputError: the directory holds another cache or is in use, no image could be read, or too many were bad.
+        InputError: the directory holds another cache or is in use, the disk is full or too small, no image could be
+            read, or too many were bad.
+        Stopped: SIGTERM or SIGINT came; all rows that were finished are kept.
     """
     info = read_info(directory)
     if info is not None and (info.complete or shard_paths(directory)):  # an empty one binds nobody
         refuse_other_cache(directory, info.identity, identity)
         if is_complete(directory, info):
             return info
-    ranks = accelerator.num_processes
+    rank, ranks = accelerator.process_index, accelerator.num_processes
 
     with ExitStack() as held:
+        held.enter_context(sole_user(directory, rank))
+        accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            held.enter_context(sole_user(directory))
             for leftover in directory.glob(f"{TEMPORARY}*"):
                 leftover.unlink()
             write_json(directory / "cache.json", CacheInfo(identity, complete=False).as_json())
         accelerator.wait_for_everyone()
 
         picked, key_fraction = pick_sources(find_sources(), identity.data_fraction)
-        shares = assign_sources(picked, accelerator.process_index, ranks)
         done = {key for shard in shard_paths(directory) for key in keys_in(shard, identity)}
-        accelerator.wait_for_everyone()  # nobody adds a shard before all have listed them
-        skipped: list[tuple[str, str]] = []
-        written = 0
+        total: int | None = None
+        if accelerator.is_main_process:
+            total = count_images(picked, lambda key: keep_key(key, key_fraction))
+            print(f"precompute: {check_space(directory, total and max(0, total - len(done)), identity)}")
+        accelerator.wait_for_everyone()  # nobody adds a shard before all have listed them, and it will fit
 
-        def chosen(key: str) -> bool:
-            return keep_key(key, key_fraction)
-
-        def skip(key: str, reason: str) -> None:
-            skipped.append((key, reason))
-            good = written + len(done) // ranks
-            if len(skipped) + good >= ENOUGH_TO_JUDGE:
-                _refuse_too_many_skipped(skipped, good, max_skipped)
-
-        samples = read_images(shares, lambda key: key not in done and chosen(key), skip)
-        progress = progress_bar(
-            accelerator,
-            "precompute",
-            "images",
-            total=count_images(shares, chosen) if accelerator.is_main_process else None,
-            initial=len(done) // ranks,
-        )
-        sam.to(accelerator.device)
-        with progress, ShardWriter(directory, identity, accelerator.process_index, images_per_shard) as writer:
-            for row in embedded_rows(sam, samples, identity.jpeg_quality, batch_size, skip):
-                writer.write(row)
-                written += 1
-                progress.update()
+        encoder = TeacherEncoder(sam, accelerator.device, identity.teacher_dtype, compiled, batch_size)
+        shares = assign_sources(picked, rank, ranks, resumed=bool(done))
+        skipped = SkippedSamples(max_skipped, good=len(done) // ranks)
+        with progress_bar(
+            accelerator, "precompute", "images", total=total and -(-total // ranks), initial=len(done) // ranks
+        ) as progress:
+            divided = _embed(
+                shares,
+                lambda key: key not in done and keep_key(key, key_fraction),
+                encoder,
+                ShardWriter(directory, identity, rank, images_per_shard),
+                skipped,
+                preparing_threads(accelerator),
+                progress.update,
+            )
             progress.total = progress.n
         accelerator.wait_for_everyone()
-        every_skipped = gather_object(skipped)
+        skipped.samples = list(dict.fromkeys(gather_object(skipped.samples)))  # a divided tar is read by all
+        refuse_differing(gather_object([divided]))
         if accelerator.is_main_process:
-            _finish(directory, identity, every_skipped, max_skipped)
+            _finish(directory, identity, skipped)
         accelerator.wait_for_everyone()
     finished = read_info(directory)
     assert finished is not None
     return finished
 
 
-def embedded_rows(
-    sam: Sam,
-    samples: Iterable[Sample],
-    jpeg_quality: int | str,
-    batch_size: int,
-    skipped: Skipped,
-) -> Iterator[CacheRow]:
-    """Images → rows: resize, encode as the cache keeps it, decode again, and only then show it to the teacher.
+def _embed(
+    shares: list[Share],
+    wanted: Callable[[str], bool],
+    encoder: TeacherEncoder,
+    writer: ShardWriter,
+    skipped: "SkippedSamples",
+    threads: int,
+    progress: Callable[[], object],
+) -> dict[str, int]:
+    """One process's share of the images → shards; returns `divided` of `read_images`.
 
-    So the teacher sees the very pixels that the student will. What cannot be resized is reported through `skipped`.
+    Raises:
+        Stopped: a signal came.
     """
-    resized = _resized(samples, sam.image_encoder.img_size, skipped)
-    while batch := list(islice(resized, batch_size)):
-        encoded = [encode_pixels(pixels, jpeg_quality) for _, pixels in batch]
-        pictures = [decode_pixels(picture) for picture in encoded]
-        sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
-        padded = torch.stack([pad_pixels(picture, sam.image_encoder.img_size) for picture in pictures])
-        embeddings = encode(sam, padded, torch.tensor(sizes)).half().cpu().numpy()
-        for (sample, _), embedding, picture, size in zip(batch, embeddings, encoded, sizes, strict=True):
-            yield CacheRow(sample.key, embedding, picture, sample.original_size, size, sample.annotation)
+    divided: dict[str, int] = {}
+    with stop_on_request() as request:
 
+        def still_wanted(key: str) -> bool:
+            request.raise_if_made()  # also while what is there already is only passed over
+            return wanted(key)
 
-def _resized(samples: Iterable[Sample], size: int, skipped: Skipped) -> Iterator[tuple[Sample, np.ndarray]]:
-    for sample in samples:
-        try:
-            yield sample, resize_longest_side(sample.image, size)
-        except ValueError as error:
-            skipped(sample.key, str(error))
+        samples = read_images(shares, still_wanted, skipped, threads, divided)
+        with (
+            closing(embedded_rows(encoder, samples, writer.identity.jpeg_quality, skipped, threads)) as rows,
+            writer,  # ends its shard before the readers end, one of which may be waiting for a download
+            closing(map_ahead(writer.write, rows, threads=1, ahead=4 * encoder.batch_size)) as written,
+        ):
+            for _ in written:
+                skipped.good += 1
+                progress()
+                request.raise_if_made()
+    return divided
 
 
 def refuse_other_cache(directory: Path, found: CacheIdentity, expected: CacheIdentity) -> None:
@@ -177,33 +185,68 @@ def refuse_other_cache(directory: Path, found: CacheIdentity, expected: CacheIde
         raise InputError(f"the cache at {directory} is another one: {'; '.join(differences)}. Choose another cache.dir")
 
 
-def _finish(directory: Path, identity: CacheIdentity, skipped: list[tuple[str, str]], max_skipped: float) -> None:
+class SkippedSamples:
+    """Collects what is passed over, and stops a process that passes over too much; called with key and reason.
+
+    `good` counts the images that were not.
+    """
+
+    def __init__(self, most: float, good: int) -> None:
+        self.most = most
+        self.good = good
+        self.samples: list[tuple[str, str]] = []
+
+    def __call__(self, key: str, reason: str) -> None:
+        self.samples.append((key, reason))
+        if len(self.samples) + self.good >= ENOUGH_TO_JUDGE:
+            self.refuse_too_many()
+
+    def refuse_too_many(self) -> None:
+        """Raise `InputError` if their share is above `most` (`data.max_skipped`)."""
+        seen = len(self.samples) + self.good
+        if len(self.samples) > self.most * seen:
+            raise InputError(
+                f"{len(self.samples)} of {seen} samples are bad, more than data.max_skipped={self.most:g}"
+                + self.commonest()
+            )
+
+    def commonest(self) -> str:
+        """The commonest reason with an example, to go on a line."""
+        if not self.samples:
+            return ""
+        (reason, count), *_ = Counter(reason for _, reason in self.samples).most_common(1)
+        example = next(key for key, why in self.samples if why == reason)
+        return f"; the commonest reason ({count}×, as in {example}): {reason}"
+
+
+def refuse_differing(counts: list[dict[str, int]]) -> None:
+    """Raise `InputError` where processes that divide a source have found different images in it."""
+    for source in counts[0]:
+        if len({found.get(source) for found in counts}) > 1:
+            raise InputError(
+                f"processes found different images in {source}: {[found.get(source) for found in counts]}. Has it "
+                "changed, or can one of them not read it? The same command looks for what is missing"
+            )
+
+
+def preparing_threads(accelerator: Accelerator) -> int:
+    """Threads that decode and that resize pictures: a share of the cores for a GPU, one beside a teacher on the CPU."""
+    if accelerator.device.type == "cpu":
+        return 1
+    return max(1, min(MOST_THREADS, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _finish(directory: Path, identity: CacheIdentity, skipped: SkippedSamples) -> None:
+    """Write `skipped.jsonl`, judge the share of bad samples, and declare the cache complete."""
     shards = shard_paths(directory)
     rows = Counter(key for shard in shards for key in keys_in(shard, identity))
-    skipped += [(key, "key seen before") for key, count in rows.items() if count > 1]
-    images = len(rows)
-    lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in skipped]
+    skipped.samples += [(key, "key seen before") for key, count in rows.items() if count > 1]
+    skipped.good = len(rows)
+    lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in skipped.samples]
     with whole_file(directory / "skipped.jsonl") as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
-    if not images:
-        raise InputError(f"no image could be read from {identity.data_images!r}" + _commonest(skipped))
-    _refuse_too_many_skipped(skipped, images, max_skipped)
-    info = CacheInfo(identity, complete=True, images=images, skipped=len(skipped), shards=len(shards))
+    if not rows:
+        raise InputError(f"no image could be read from {identity.data_images!r}{skipped.commonest()}")
+    skipped.refuse_too_many()
+    info = CacheInfo(identity, complete=True, images=len(rows), skipped=len(skipped.samples), shards=len(shards))
     write_json(directory / "cache.json", info.as_json())
-
-
-def _refuse_too_many_skipped(skipped: list[tuple[str, str]], good: int, max_skipped: float) -> None:
-    share = len(skipped) / (len(skipped) + good)
-    if share > max_skipped:
-        raise InputError(
-            f"{len(skipped)} of {len(skipped) + good} samples are bad, more than data.max_skipped={max_skipped:g}"
-            + _commonest(skipped)
-        )
-
-
-def _commonest(skipped: list[tuple[str, str]]) -> str:
-    if not skipped:
-        return ""
-    (reason, count), *_ = Counter(reason for _, reason in skipped).most_common(1)
-    example = next(key for key, why in skipped if why == reason)
-    return f"; the commonest reason ({count}×, as in {example}): {reason}"

@@ -2,20 +2,21 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from embeddings_cache.codec import CacheRow
+from embeddings_cache.codec import CacheRow, decode_embedding
 from embeddings_cache.format import CacheIdentity, CacheInfo, identity_of, read_info
 from embeddings_cache.sources import stable_hash
 from students import InputError, first_line
 
-FILES_OPEN = 64
-"""Shards a process holds open at a time; systems allow a process 256 files or more."""
+FEWEST_FILES_OPEN = 64
+"""Shards that a process may hold open on any system; more where it allows more."""
 
 
 class EmbeddingsCache(Sequence[CacheRow]):
@@ -41,7 +42,7 @@ class EmbeddingsCache(Sequence[CacheRow]):
         places = {key: (shard, row) for shard in reversed(range(len(keys))) for row, key in enumerate(keys[shard])}
         self.keys = sorted(places)
         self._places = [places[key] for key in self.keys]
-        self._files: OrderedDict[int, h5py.File] = OrderedDict()
+        self._files: OrderedDict[int, OpenShard] = OrderedDict()
         self._pid = os.getpid()
 
     def __len__(self) -> int:
@@ -51,18 +52,21 @@ class EmbeddingsCache(Sequence[CacheRow]):
         """The row with this number.
 
         Raises:
-            OSError: the embedding's checksum does not hold.
+            InputError: it is damaged: its checksum does not hold, or HDF5 cannot find it.
         """
         shard, row = self._places[index]
-        file = self._file(shard)
-        return CacheRow(
-            key=self.keys[index],
-            embedding=file["embeddings"][row],
-            encoded=file["images"][row].tobytes(),
-            original_size=_size(file["original_size"][row]),
-            input_size=_size(file["input_size"][row]),
-            annotation=file["annotations"][row].decode() or None,
-        )
+        with self._naming_damage(shard, row):
+            return self._open(shard).row(row, self.keys[index])
+
+    def embedding(self, index: int) -> np.ndarray:
+        """The embedding of the row with this number, float16 (C, h, w), without reading the rest of it.
+
+        Raises:
+            InputError: as for the row.
+        """
+        shard, row = self._places[index]
+        with self._naming_damage(shard, row):
+            return self._open(shard).embedding(row)
 
     def split(self, val_images: int) -> tuple[list[int], list[int]]:
         """Row numbers for training and for validation.
@@ -77,18 +81,73 @@ class EmbeddingsCache(Sequence[CacheRow]):
         ranked = sorted(range(len(self)), key=lambda index: stable_hash(self.keys[index], "validation"))
         return sorted(ranked[val_images:]), sorted(ranked[:val_images])
 
+    @contextmanager
+    def _naming_damage(self, shard: int, row: int) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, KeyError, RuntimeError) as error:
+            raise InputError(
+                f"{self.shards[shard]} is damaged in row {row}: {damage_of(error)}. stage=verify finds all damage"
+            ) from error
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}
 
-    def _file(self, shard: int) -> h5py.File:
+    def _open(self, shard: int) -> "OpenShard":
         if self._pid != os.getpid():  # inherited by fork: the parent's handles are not ours
             self._files, self._pid = OrderedDict(), os.getpid()
         if shard not in self._files:
-            self._files[shard] = h5py.File(self.shards[shard], "r")
-            if len(self._files) > FILES_OPEN:
-                self._files.popitem(last=False)[1].close()
+            self._files[shard] = OpenShard(self.shards[shard])
+            if len(self._files) > files_open_at_most():
+                self._files.popitem(last=False)[1].file.close()
         self._files.move_to_end(shard)
         return self._files[shard]
+
+
+class OpenShard:
+    """A shard opened for reading; small datasets are read at once, and each row then costs one read a large one.
+
+    Everything may raise what h5py raises for a damaged file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = h5py.File(path, "r")
+        self.embeddings, self.images, self.annotations = (
+            self.file[name] for name in ("embeddings", "images", "annotations")
+        )
+        self.scales = self.file["scales"][:] if "scales" in self.file else None
+        self.original_size, self.input_size = self.file["original_size"][:], self.file["input_size"][:]
+
+    def embedding(self, row: int) -> np.ndarray:
+        """float16 (C, h, w)."""
+        return decode_embedding(self.embeddings[row], None if self.scales is None else self.scales[row])
+
+    def row(self, row: int, key: str) -> CacheRow:
+        """All of a row; its key is known to the caller."""
+        return CacheRow(
+            key=key,
+            embedding=self.embedding(row),
+            encoded=self.images[row].tobytes(),
+            original_size=_size(self.original_size[row]),
+            input_size=_size(self.input_size[row]),
+            annotation=self.annotations[row].decode() or None,
+        )
+
+
+def files_open_at_most() -> int:
+    """Half of the files that the system lets this process open: 512 on most, more than 1 % of SA-1B has shards."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return FEWEST_FILES_OPEN
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(FEWEST_FILES_OPEN, soft // 2) if soft != resource.RLIM_INFINITY else 4096
+
+
+def damage_of(error: Exception) -> str:
+    """What h5py means, in a line."""
+    line = first_line(error)
+    return "its checksum does not hold" if "filter returned failure" in line else line
 
 
 def is_complete(directory: Path, info: CacheInfo) -> bool:

@@ -16,20 +16,19 @@ from webdataset.shardlists import expand_urls
 
 from students import InputError, first_line
 
+UNEVEN = 1.05
+"""Bytes of one process's whole tars over the mean; above this, tars are divided instead."""
+
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
 class Share:
-    """A source, and which of its keys one process reads: those whose hash falls in part `part` of `parts`."""
+    """A source that one process reads: all of it, or of its wanted keys those from `part` on, every `parts`-th."""
 
     source: str
     part: int = 0
     parts: int = 1
-
-    def holds(self, key: str) -> bool:
-        """Whether the key belongs to this share."""
-        return int(stable_hash(key, "rank") * self.parts) == self.part
 
 
 def stable_hash(text: str, purpose: str) -> float:
@@ -88,11 +87,38 @@ def keep_key(key: str, fraction: float) -> bool:
     return stable_hash(key, "key") < fraction
 
 
-def assign_sources(sources: list[str], rank: int, ranks: int) -> list[Share]:
-    """What one of several processes reads: whole sources while they go round, the rest divided by key."""
-    whole = len(sources) - len(sources) % ranks
-    mine = [Share(source) for source in sources[rank:whole:ranks]]
-    return mine + [Share(source, rank, ranks) for source in sources[whole:]]
+def assign_sources(sources: list[str], rank: int, ranks: int, resumed: bool = False) -> list[Share]:
+    """What one of several processes reads, so that none has much more to do than another.
+
+    Tars go round whole while they last. The rest, folders, and everything local if whole tars would be uneven, is
+    divided: every process goes through it, and takes each `ranks`-th image.
+
+    Args:
+        sources: from `pick_sources`.
+        rank: of this process; ranks: how many there are.
+        resumed: some images are there already, and nobody knows of which tars: then local tars are divided too.
+    """
+    tars = [s for s in sources if not is_remote(s) and not os.path.isdir(s)]
+    sizes = {tar: os.path.getsize(tar) for tar in tars}
+    tars.sort(key=lambda tar: -sizes[tar])
+    owners = _go_round(tars, ranks)
+    loads = [sum(sizes[tar] for tar in owners if owners[tar] == each) for each in range(ranks)]
+    if resumed or max(loads) > UNEVEN * sum(loads) / ranks:
+        owners = {}
+    owners |= _go_round([source for source in sources if is_remote(source)], ranks)
+    mine = [Share(source) for source in sources if owners.get(source) == rank]
+    divided = [source for source in sources if source not in owners]
+    # Who takes the first image differs from source to source, so that folders of one image go round too.
+    return mine + [Share(source, (rank + number) % ranks, ranks) for number, source in enumerate(divided)]
+
+
+def _go_round(sources: list[str], ranks: int) -> dict[str, int]:
+    """Who gets which source, as many each, 0, 1, 2, 2, 1, 0, 0, 1, ...; what does not go round is left out."""
+    owners = {}
+    for number, source in enumerate(sources[: len(sources) - len(sources) % ranks]):
+        turn, place = divmod(number, ranks)
+        owners[source] = ranks - 1 - place if turn % 2 else place
+    return owners
 
 
 def is_remote(source: str) -> bool:

@@ -6,6 +6,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import webdataset as wds
@@ -35,19 +36,23 @@ def tar_samples(url: str, mine: Callable[[str], bool], skipped: Skipped) -> Iter
     yield from group_by_keys(_tar_files(url, mine, skipped), handler=handler)
 
 
-def image_keys(path: str) -> set[str]:
-    """Keys of the images in a local tar, from its names alone; what can be listed of a damaged one."""
+def first_image_keys(path: str, most: int) -> tuple[set[str], float]:
+    """Keys of the images among a local tar's first members, from names alone, and the share of the tar that they take.
+
+    Of a damaged tar what can be listed: reading the images will say what is wrong with it, and stop or go on.
+    """
     keys: set[str] = set()
     try:
         with tarfile.open(path) as tar:
-            for member in tar:
+            for number, member in enumerate(tar):
+                if number == most:
+                    return keys, min(1.0, member.offset / os.path.getsize(path))
                 name = _without_dot(member.name)
                 if not is_hidden(name) and os.path.basename(name).lower().partition(".")[2] in IMAGE_SUFFIXES:
                     keys.add(_member_key(name))
     except TAR_ERRORS:
-        # Only counted on: reading the images will say what is wrong with this tar, and stop or go on.
-        return keys
-    return keys
+        return keys, 1.0
+    return keys, 1.0
 
 
 def _tar_files(url: str, mine: Callable[[str], bool], skipped: Skipped) -> Iterator[dict[str, Any]]:
@@ -58,7 +63,7 @@ def _tar_files(url: str, mine: Callable[[str], bool], skipped: Skipped) -> Itera
     """
     opened = False
     try:
-        with wds.gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictMember) as tar:
+        with _open_tar(url) as tar:
             for member in tar:
                 opened = True
                 tar.members = []  # type: ignore[attr-defined] # tarfile would keep them all
@@ -75,6 +80,17 @@ def _tar_files(url: str, mine: Callable[[str], bool], skipped: Skipped) -> Itera
         if not opened or is_remote(url):
             raise InputError(f"cannot read {url}: {first_line(error)}") from error
         skipped(url, f"tar is cut short or damaged: {first_line(error)}")
+
+
+@contextmanager
+def _open_tar(url: str) -> Iterator[tarfile.TarFile]:
+    """A tar to read from front to back; in a local one, unwanted files are passed over without reading them."""
+    if is_remote(url):
+        with wds.gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictMember) as tar:
+            yield tar
+    else:
+        with tarfile.open(url, "r:*", tarinfo=_StrictMember) as tar:
+            yield tar
 
 
 class _StrictMember(tarfile.TarInfo):

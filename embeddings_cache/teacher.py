@@ -8,8 +8,8 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import nn
 
-from embeddings_cache.preprocess import to_encoder_input
 from embeddings_cache.toy_teacher import load_toy_teacher
+from embeddings_cache.vit import fuse_attention
 from students import InputError
 
 TEACHERS = ("vit_h", "vit_l", "vit_b", "toy")
@@ -48,23 +48,15 @@ def load_teacher(name: str, checkpoint: str | None, image_size: int) -> Sam:
         image_size: side of the square input in pixels.
 
     Returns:
-        `Sam` in eval mode on the CPU, without gradients.
+        `Sam` in eval mode on the CPU, without gradients, with fused attention (`fuse_attention`).
 
     Raises:
         InputError: the checkpoint is missing, unreadable, or another architecture's.
     """
     check_teacher(name, checkpoint, image_size)
-    if checkpoint is None:
-        with torch.random.fork_rng(devices=[]):
-            return load_toy_teacher(image_size).requires_grad_(False)
-    state = _read_state_dict(Path(checkpoint))
     with torch.random.fork_rng(devices=[]):  # weights that are drawn only to be replaced must not move a run's seed
-        sam = sam_model_registry[name](checkpoint=None)
-    try:
-        sam.load_state_dict(state)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise InputError(f"{checkpoint} does not hold the weights of a {name}: {first[:300]}") from error
+        sam = load_toy_teacher(image_size) if checkpoint is None else _load_checkpoint(name, Path(checkpoint))
+    fuse_attention(sam.image_encoder)
     return sam.eval().requires_grad_(False)
 
 
@@ -77,17 +69,15 @@ def weights_sha256(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
-def encode(sam: Sam, pixels: torch.Tensor, input_size: torch.Tensor) -> torch.Tensor:
-    """Teacher embeddings of a batch.
-
-    Args:
-        pixels: uint8 (B, 3, S, S), padded; input_size: int (B, 2), see `to_encoder_input`.
-
-    Returns:
-        float32 (B, C, S/16, S/16) on the teacher's device.
-    """
-    return sam.image_encoder(to_encoder_input(pixels.to(sam.device), input_size)).float()
+def _load_checkpoint(name: str, path: Path) -> Sam:
+    state = _read_state_dict(path)
+    sam = sam_model_registry[name](checkpoint=None)
+    try:
+        sam.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise InputError(f"{path} does not hold the weights of a {name}: {first[:300]}") from error
+    return sam
 
 
 def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:

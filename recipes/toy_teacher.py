@@ -35,9 +35,10 @@ import embeddings_cache
 from distill.evaluate.masks import make_prompts, score_image
 from distill.schema import EvaluateRecipe
 from distill.train import parameter_groups
+from embeddings_cache.embed import embedded_rows
+from embeddings_cache.encoder import TeacherEncoder
 from embeddings_cache.files import whole_file
 from embeddings_cache.images import Sample
-from embeddings_cache.precompute import embedded_rows
 from embeddings_cache.preprocess import normalize, resize_longest_side
 from embeddings_cache.progress import progress_bar
 from embeddings_cache.scenes import generate_scene, sa1b_annotation
@@ -269,7 +270,8 @@ def measure(sam: Sam, numbers: range) -> dict[str, float]:
     scenes = ((n, *generate_scene(np.random.default_rng([0, n]), size * 5 // 4)) for n in numbers)
     samples = (Sample(f"sa_{n}", image, json.dumps(sa1b_annotation(n, image, masks))) for n, image, masks in scenes)
     ious: dict[str, list[float]] = {}
-    for row in embedded_rows(sam, samples, 95, 8, lambda key, reason: None):
+    encoder = TeacherEncoder(sam, sam.device, batch_size=8)
+    for row in embedded_rows(encoder, samples, 95, lambda key, reason: None):
         embedding = torch.from_numpy(row.embedding)[None].float()
         for score in score_image(row, sam, embedding, embedding, make_prompts(row, EvaluateRecipe())):
             assert score.teacher_truth is not None

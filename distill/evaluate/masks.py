@@ -28,10 +28,12 @@ from distill.run import chosen_student, is_current, open_cache
 from distill.schema import EvaluateRecipe
 from embeddings_cache.annotations import bounding_box, center_point, decode_masks
 from embeddings_cache.codec import CacheRow
+from embeddings_cache.embed import embedded_rows
+from embeddings_cache.encoder import TeacherEncoder
 from embeddings_cache.files import sha256, write_json
 from embeddings_cache.format import CacheIdentity, read_info
 from embeddings_cache.images import read_images
-from embeddings_cache.precompute import embedded_rows, refuse_other_cache
+from embeddings_cache.precompute import refuse_other_cache
 from embeddings_cache.preprocess import pad_pixels, to_encoder_input
 from embeddings_cache.progress import progress_bar
 from embeddings_cache.sources import assign_sources, expand_sources, pick_sources
@@ -117,6 +119,7 @@ def evaluation_inputs(recipe: Recipe) -> dict[str, Any]:
         return {**inputs, "val_images": recipe.data.val_images, "cache": info and asdict(info.identity)}
     checkpoint = recipe.teacher.checkpoint
     teacher = {"name": recipe.teacher.name, "file_sha256": checkpoint and sha256(Path(checkpoint))}
+    teacher["dtype"] = recipe.teacher.dtype
     return {**inputs, "teacher": teacher, "image_size": recipe.image_size, "jpeg_quality": recipe.cache.jpeg_quality}
 
 
@@ -152,7 +155,10 @@ def evaluation_rows(
     if recipe.evaluate.data is not None:
         sources, _ = pick_sources(expand_sources(recipe.evaluate.data), 1.0)
         samples = read_images(assign_sources(sources, rank, ranks), wanted, skipped)
-        yield from embedded_rows(teacher, samples, recipe.cache.jpeg_quality, recipe.teacher.batch_size, skipped)
+        encoder = TeacherEncoder(
+            teacher, teacher.device, recipe.teacher.dtype, recipe.teacher.compile, recipe.teacher.batch_size
+        )
+        yield from embedded_rows(encoder, samples, recipe.cache.jpeg_quality, skipped)
         return
     cache = open_cache(recipe)
     refuse_other_teacher(recipe, cache.info.identity, teacher)

@@ -91,7 +91,8 @@ def test_two_processes_share_the_work(tmp_path: Path, finished_run: Path, scene_
 
 
 def test_an_error_in_another_process_is_told(tmp_path: Path, scene_tar: Path, cli: Cli) -> None:
-    (tmp_path / "zzz.tar").write_bytes(b"<html>gone</html>" * 1000)
+    # Nearly of the other's size, so that whole tars go round, the larger one to the main process.
+    (tmp_path / "zzz.tar").write_bytes(b"x" * (scene_tar.stat().st_size - 1))
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29612")
     images = f"[{scene_tar}, {tmp_path / 'zzz.tar'}]"
     result = cli(*TINY, *places(tmp_path, images), "stage=precompute", launcher=launcher)

@@ -20,7 +20,9 @@ def sam() -> Sam:
 
 @pytest.fixture(scope="module")
 def identity(sam: Sam, scene_tar: Path) -> CacheIdentity:
-    return cache_identity(sam, "toy", dtype="float16", jpeg_quality=95, images=str(scene_tar), fraction=1.0)
+    return cache_identity(
+        sam, "toy", teacher_dtype="float32", dtype="float16", jpeg_quality=95, images=str(scene_tar), fraction=1.0
+    )
 
 
 @pytest.fixture(scope="module")

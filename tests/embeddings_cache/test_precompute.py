@@ -16,6 +16,7 @@ from segment_anything.modeling import Sam
 
 from caches import SIZE, Make
 from embeddings_cache import precompute as module
+from embeddings_cache.encoder import TeacherEncoder
 from embeddings_cache.format import CacheIdentity
 from embeddings_cache.images import read_images
 from embeddings_cache.precompute import cache_identity, precompute
@@ -75,16 +76,16 @@ def test_a_finished_cache_needs_no_tar_any_more(
 def test_resumes_after_a_crash_and_redoes_one_shard_at_most(
     at: int, tmp_path: Path, cache_dir: Path, sam: Sam, monkeypatch: pytest.MonkeyPatch, make: Make
 ) -> None:
-    original = module.encode
+    original = TeacherEncoder.__call__
     seen: list[int] = []
 
-    def crashing(sam: Sam, pixels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    def crashing(encoder: TeacherEncoder, pixels: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
         seen.append(len(pixels))
         if sum(seen) > at:
             raise RuntimeError("power cut")
-        return original(sam, pixels, sizes)
+        return original(encoder, pixels, sizes)
 
-    monkeypatch.setattr(module, "encode", crashing)
+    monkeypatch.setattr(TeacherEncoder, "__call__", crashing)
     with pytest.raises(RuntimeError, match="power cut"):
         make(tmp_path, batch_size=1)
     (tmp_path / ".tmp-shard-00000-00007.h5").write_bytes(b"what a kill leaves behind")
@@ -92,7 +93,7 @@ def test_resumes_after_a_crash_and_redoes_one_shard_at_most(
         EmbeddingsCache(tmp_path)
 
     again: list[int] = []
-    monkeypatch.setattr(module, "encode", lambda *a: (again.append(len(a[1])), original(*a))[1])
+    monkeypatch.setattr(TeacherEncoder, "__call__", lambda *a: (again.append(len(a[1])), original(*a))[1])
     make(tmp_path, batch_size=1)
     assert sum(again) == 24 - at // 10 * 10
     assert not list(tmp_path.glob(".tmp-*"))
@@ -109,6 +110,8 @@ def test_resumes_after_a_crash_and_redoes_one_shard_at_most(
     [
         ({"teacher_name": "vit_h"}, "teacher.name: 'toy', not 'vit_h'"),
         ({"teacher_sha256": "0" * 64}, "SHA-256 of the teacher's weights"),
+        ({"teacher_dtype": "bfloat16"}, "teacher.dtype: 'float32', not 'bfloat16'"),
+        ({"dtype": "int8"}, "cache.dtype: 'float16', not 'int8'"),
         ({"image_size": 256}, "image_size: 128, not 256"),
         ({"jpeg_quality": 90}, "cache.jpeg_quality: 95, not 90"),
         ({"data_fraction": 0.5}, "data.fraction: 1.0, not 0.5"),
@@ -218,9 +221,13 @@ def test_a_damaged_cache_json_is_named(tmp_path: Path, make: Make) -> None:
 
 def test_a_long_list_of_images_fits_into_a_shard(tmp_path: Path, sam: Sam, make: Make) -> None:
     images = [f"somewhere/far/away/sa_{n:06d}.tar" for n in range(5000)]
-    listed = cache_identity(sam, "toy", dtype="float16", jpeg_quality=95, images=images, fraction=1.0)
+    listed = cache_identity(
+        sam, "toy", teacher_dtype="float32", dtype="float16", jpeg_quality=95, images=images, fraction=1.0
+    )
     assert make(tmp_path, identity=listed).images == 24
-    other = cache_identity(sam, "toy", dtype="float16", jpeg_quality=95, images=images[1:], fraction=1.0)
+    other = cache_identity(
+        sam, "toy", teacher_dtype="float32", dtype="float16", jpeg_quality=95, images=images[1:], fraction=1.0
+    )
     with pytest.raises(InputError, match=r"data\.images: '5000 sources, SHA-256"):
         make(tmp_path, identity=other)
 

@@ -1,4 +1,6 @@
+import io
 import json
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -42,12 +44,13 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, make: Make) -> None:
     data[offset + 100] ^= 1
     shard.write_bytes(data)
     cache = EmbeddingsCache(tmp_path)
-    with pytest.raises(OSError, match=r"[Ff]letcher32|[Cc]an't"):
-        cache[cache.keys.index(key)]
+    for read in (cache.__getitem__, cache.embedding):
+        with pytest.raises(InputError, match=r"shard-00000-00000\.h5 is damaged in row 0: its checksum does not hold"):
+            read(cache.keys.index(key))
 
 
 def test_more_shards_than_files_may_be_open(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embeddings_cache.reader.FILES_OPEN", 1)
+    monkeypatch.setattr("embeddings_cache.reader.files_open_at_most", lambda: 1)
     cache = EmbeddingsCache(cache_dir)
     for index in (0, 23, 5, 12, 0, 23):
         assert cache[index].key == cache.keys[index]
@@ -61,6 +64,40 @@ def test_split_holds_out_by_hash(cache_dir: Path) -> None:
     assert set(cache.split(4)[1]) < set(held_out)
     with pytest.raises(InputError, match="leaves none"):
         cache.split(24)
+
+
+def test_an_embedding_alone_is_the_rows(cache_dir: Path) -> None:
+    cache = EmbeddingsCache(cache_dir)
+    for index in (23, 0, 11):
+        assert np.array_equal(cache.embedding(index), cache[index].embedding)
+
+
+class CountingFile(io.FileIO):
+    """Notes the size of every read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.reads: list[int] = []
+
+    def readinto(self, buffer: memoryview) -> int:
+        self.reads.append(len(buffer))
+        return super().readinto(buffer)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_an_embedding_costs_one_read(
+    dtype: str, tmp_path: Path, identity: CacheIdentity, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path, identity=replace(identity, dtype=dtype), images_per_shard=24)
+    disk = CountingFile(shard_paths(tmp_path)[0])
+    original = h5py.File
+    cache = EmbeddingsCache(tmp_path)
+    monkeypatch.setattr("embeddings_cache.reader.h5py.File", lambda path, mode: original(disk, mode))
+    assert cache.embedding(0).any()  # the index of chunks is read once
+    disk.reads.clear()
+    for row in (17, 3, 8):
+        assert cache.embedding(row).any()
+    assert disk.reads == [128 * 8 * 8 * (2 if dtype == "float16" else 1) + 4] * 3  # and its checksum
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

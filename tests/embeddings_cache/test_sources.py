@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from embeddings_cache.images import read_images
 from embeddings_cache.sources import assign_sources, expand_sources, keep_key, pick_sources
 from pictures import encoded, read, write_tar
 from students import InputError
@@ -73,14 +74,67 @@ def test_keys_are_chosen_by_a_fixed_hash() -> None:
     assert {n for n in range(1000) if keep_key(f"sa_{n}", 0.1)} <= larger
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
-@pytest.mark.parametrize("tars", [1, 2, 7, 10])
-def test_processes_share_every_key_once(tars: int, ranks: int) -> None:
-    sources = [f"{n}.tar" for n in range(tars)]
-    keys = {source: [f"{source}/{n}" for n in range(300)] for source in sources}
-    read_by = [
-        [key for share in assign_sources(sources, rank, ranks) for key in keys[share.source] if share.holds(key)]
+def tars_of(directory: Path, counts: list[int]) -> list[str]:
+    """Tars of so many tiny images each, with keys that differ everywhere."""
+    picture = encoded(size=(8, 8))
+    return [
+        write_tar(directory / f"{tar}.tar", {f"sa_{tar}_{n}.jpg": picture for n in range(count)})
+        for tar, count in enumerate(counts)
+    ]
+
+
+def keys_by_rank(sources: list[str], ranks: int, done: frozenset[str] = frozenset()) -> list[list[str]]:
+    return [
+        [
+            sample.key
+            for sample in read_images(
+                assign_sources(sources, rank, ranks, resumed=bool(done)), lambda key: key not in done
+            )
+        ]
         for rank in range(ranks)
     ]
-    assert Counter(key for mine in read_by for key in mine) == Counter(key for some in keys.values() for key in some)
-    assert max(map(len, read_by)) < 1.35 * 300 * tars / ranks
+
+
+@pytest.mark.parametrize(
+    ("counts", "ranks"),
+    [([20] * 10, 8), ([40], 3), ([30, 30], 2), ([5, 80, 7, 33], 4), ([11, 90, 14, 60], 2), ([40], 1), ([1] * 50, 6)],
+)
+def test_processes_share_every_image_once_and_evenly(counts: list[int], ranks: int, tmp_path: Path) -> None:
+    shares = keys_by_rank(tars_of(tmp_path, counts), ranks)
+    expected = {f"sa_{tar}_{n}": 1 for tar, count in enumerate(counts) for n in range(count)}
+    assert Counter(key for mine in shares for key in mine) == expected
+    assert max(map(len, shares)) <= max(1.1 * sum(counts) / ranks, sum(counts) // ranks + 1)
+
+
+def test_what_is_left_after_a_crash_is_shared_evenly_by_any_number_of_processes(tmp_path: Path) -> None:
+    """Two processes got through different parts; five go on."""
+    sources = tars_of(tmp_path, [30, 30, 30, 30])
+    first, second = keys_by_rank(sources, 2)
+    done = frozenset(first[:50] + second[:5])
+    shares = keys_by_rank(sources, 5, done)
+    assert Counter(key for mine in shares for key in mine) == Counter({*first, *second} - done)
+    assert max(map(len, shares)) <= 1.1 * 65 / 5
+
+
+def test_a_folder_is_shared_too(tmp_path: Path) -> None:
+    for n in range(30):
+        (tmp_path / f"{n:02d}.jpg").write_bytes(encoded(size=(8, 8)))
+    shares = keys_by_rank([str(tmp_path)], 4)
+    assert sorted(key for mine in shares for key in mine) == [f"{n:02d}" for n in range(30)]
+    assert max(map(len, shares)) == 8
+
+
+def test_whole_tars_are_preferred(tmp_path: Path) -> None:
+    """What is remote, or goes round evenly, is read by one process: nothing is read twice."""
+    sources = tars_of(tmp_path, [20] * 10)
+    opened = [assign_sources(sources, rank, 8) for rank in range(8)]
+    assert all(sum(share.parts == 1 for share in mine) == 1 for mine in opened)
+    remote = [f"https://mirror/{n}.tar" for n in range(9)]
+    opened = [assign_sources(remote, rank, 4, resumed=True) for rank in range(4)]
+    assert [[share.parts for share in mine] for mine in opened] == [[1, 1, 4]] * 4
+
+
+def test_one_key_in_a_divided_tar_goes_to_one_process(tmp_path: Path) -> None:
+    members = [(f"sa_{n}.jpg", encoded(size=(8, 8))) for n in (0, 1, 2, 0, 3, 1)]
+    shares = keys_by_rank([write_tar(tmp_path / "twice.tar", members)], 3)
+    assert sorted(key for mine in shares for key in mine) == ["sa_0", "sa_1", "sa_2", "sa_3"]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from embeddings_cache.images import count_images
-from embeddings_cache.sources import Share, expand_sources
+from embeddings_cache.sources import expand_sources
 from pictures import ANNOTATION, encoded, read, write_tar
 from students import InputError
 
@@ -110,7 +110,7 @@ def test_dots_in_a_tars_names_are_told_of(tmp_path: Path) -> None:
     samples, skipped = read(tar)
     assert samples == []
     assert "WebDataset splits names at the first dot" in skipped["IMG"]
-    assert count_images([Share(tar)], lambda key: True) == 0
+    assert count_images([tar], lambda key: True) == 0
 
 
 def test_any_webdataset_tar_will_do(tmp_path: Path) -> None:

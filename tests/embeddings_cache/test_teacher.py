@@ -6,9 +6,10 @@ import pytest
 import torch
 from segment_anything import SamPredictor, sam_model_registry
 
+from embeddings_cache.encoder import TeacherEncoder
 from embeddings_cache.preprocess import pad_pixels, resize_longest_side
 from embeddings_cache.scenes import generate_scene
-from embeddings_cache.teacher import check_teacher, encode, load_teacher, weights_sha256
+from embeddings_cache.teacher import check_teacher, load_teacher, weights_sha256
 from students import InputError
 
 
@@ -26,8 +27,7 @@ def test_encode_agrees_with_sam_predictor() -> None:
     sam = load_teacher("toy", None, 128)
     images = [generate_scene(np.random.default_rng(seed), 150)[0] for seed in range(3)]
     pictures = [resize_longest_side(image, 128) for image in images]
-    batch = encode(
-        sam,
+    batch = TeacherEncoder(sam, torch.device("cpu"))(
         torch.stack([pad_pixels(picture, 128) for picture in pictures]),
         torch.tensor([picture.shape[:2] for picture in pictures]),
     )

@@ -1,0 +1,277 @@
+"""What may go wrong while a cache is made: it stops in order, keeps what it had, and goes on."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from caches import Make
+from embeddings_cache import space
+from embeddings_cache.format import CacheIdentity
+from embeddings_cache.reader import EmbeddingsCache, shard_paths
+from embeddings_cache.scenes import write_scene_tar
+from pictures import ANNOTATION, encoded, write_tar
+from students import InputError
+from support import ROOT
+
+IMAGES = 120
+LONGEST = 160
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+class Usage(NamedTuple):
+    free: int
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three tars of scenes, enough for a run to be interrupted."""
+    directory = tmp_path_factory.mktemp("many")
+    for first in range(0, IMAGES, 40):
+        write_scene_tar(directory / f"{first:04d}.tar", range(first, first + 40), LONGEST)
+    return directory
+
+
+@pytest.fixture
+def start(tars: Path) -> Iterator[Start]:
+    """Start the precompute stage of the quickstart on those tars, in a process group of its own."""
+    running: list[subprocess.Popen[str]] = []
+
+    def run(directory: Path, *launcher: str, **options: object) -> subprocess.Popen[str]:
+        command = [sys.executable, *launcher, str(ROOT / "distill.py"), "recipe=quickstart", "stage=precompute"]
+        command += ["image_size=128", f"data.images={tars}", f"cache.dir={directory / 'cache'}", "data.val_images=4"]
+        command += [f"run_dir={directory / 'run'}", "cache.images_per_shard=5", "teacher.batch_size=1"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes, **options)
+        running.append(process)
+        return process
+
+    yield run
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for_shards(directory: Path, count: int, process: subprocess.Popen[str]) -> None:
+    while len(shard_paths(directory / "cache")) < count:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {row.key: row.embedding.tobytes() + row.encoded for row in EmbeddingsCache(directory / "cache")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tars: Path, make: Make) -> dict[str, bytes]:
+    directory = tmp_path_factory.mktemp("undisturbed")
+    make(directory / "cache", tars=sorted(tars.iterdir()), batch_size=1)
+    return contents(directory)
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+def test_preemption_keeps_every_finished_row(
+    number: int, name: str, tmp_path: Path, start: Start, undisturbed: dict[str, bytes]
+) -> None:
+    process = start(tmp_path)
+    wait_for_shards(tmp_path, 2, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert output.splitlines()[-1] == f"distill.py: stopped by {name}; the same command goes on from here"
+    kept = sum(len(h5py.File(shard)["keys"]) for shard in shard_paths(tmp_path / "cache"))
+    assert 10 <= kept < IMAGES
+    assert not list((tmp_path / "cache").glob(".tmp-*"))
+    again = start(tmp_path)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert contents(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+def test_preemption_of_several_processes(tmp_path: Path, start: Start, undisturbed: dict[str, bytes]) -> None:
+    """Launcher and workers all get SIGTERM, and the workers another one from the launcher."""
+    process = start(tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    wait_for_shards(tmp_path, 2, process)
+    for pid in (process.pid, *children(process.pid)):
+        os.kill(pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert output.count("distill.py: stopped by SIGTERM; the same command goes on from here") == 1, output
+    assert not list((tmp_path / "cache").glob(".tmp-*"))
+    again = start(tmp_path)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert contents(tmp_path) == undisturbed
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_same_command_goes_on(
+    tmp_path: Path, start: Start, undisturbed: dict[str, bytes]
+) -> None:
+    """kill -9 at 16 random moments across two processes: of all at once (a machine dies), or of one worker."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    chance = random.Random(0)
+    began = time.monotonic()
+    whole = start(tmp_path / "timed", *launcher)
+    output, _ = whole.communicate(timeout=120)
+    assert whole.returncode == 0, output
+    takes = time.monotonic() - began
+
+    kills, finished = 0, []
+    directory = tmp_path / "0"
+    while kills < 16:
+        kept = {shard: shard.stat().st_mtime_ns for shard in shard_paths(directory / "cache")}
+        process = start(directory, *launcher)
+        if chance.random() < 0.5:
+            time.sleep(chance.uniform(0, takes))
+        else:  # while rows are being written
+            wait_for_shards(directory, min(len(kept) + 1, IMAGES // 5), process)
+            time.sleep(chance.uniform(0, 0.3))
+        kills += kill_some(process, chance)
+        # What was finished stays as it was: at most the shards being written are made again.
+        assert kept.items() <= {shard: shard.stat().st_mtime_ns for shard in shard_paths(directory / "cache")}.items()
+        if is_finished(directory):
+            finished.append(directory)
+            directory = tmp_path / str(len(finished))
+    last = start(directory, *launcher)
+    output, _ = last.communicate(timeout=120)
+    assert last.returncode == 0, output
+    for done in [*finished, directory]:
+        assert contents(done) == undisturbed
+        assert not list((done / "cache").glob(".tmp-*"))
+
+
+def kill_some(process: subprocess.Popen[str], chance: random.Random) -> bool:
+    """kill -9 for one worker, or for launcher and workers; False where they had ended before."""
+    workers = children(process.pid)
+    alive = process.poll() is None
+    if alive and workers and chance.random() < 0.5:
+        kill_quietly(chance.choice(workers))
+    else:
+        for pid in (process.pid, *workers):
+            kill_quietly(pid)
+    process.communicate(timeout=60)
+    return alive
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in found.read_text().split()] if found.exists() else []
+
+
+def kill_quietly(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def is_finished(directory: Path) -> bool:
+    info = directory / "cache" / "cache.json"
+    return info.exists() and json.loads(info.read_text())["complete"]
+
+
+def test_a_file_that_may_not_grow_ends_in_one_line(tmp_path: Path, start: Start, undisturbed: dict[str, bytes]) -> None:
+    """A limit on the size of a file stands for a full disk: HDF5 is refused in the middle of a shard."""
+    make_shard = 5 * 128 * 8 * 8 * 2
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (make_shard, make_shard))
+
+    process = start(tmp_path, preexec_fn=limit)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    last = output.splitlines()[-1]
+    assert last.startswith(f"distill.py: cannot write to {tmp_path / 'cache'}: File too large. ")
+    assert last.endswith("All finished shards are kept; the same command goes on from them")
+    assert "Traceback" not in output
+    assert not list((tmp_path / "cache").glob(".tmp-*"))
+    again = start(tmp_path)
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    assert contents(tmp_path) == undisturbed
+
+
+def test_a_disk_that_is_too_small_is_seen_before_the_start(
+    tmp_path: Path, make: Make, identity: CacheIdentity, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: Usage(free=200_000))
+    with pytest.raises(InputError, match=rf"0\.0 GiB needed for 24 images, 0\.0 GiB free at {tmp_path}.*int8"):
+        make(tmp_path)
+    assert not shard_paths(tmp_path)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: Usage(free=2**30))
+    make(tmp_path)
+    assert "GiB needed for 24 images, 1.0 GiB free at" in capsys.readouterr().out
+
+
+def test_the_estimate_is_near_what_a_cache_takes(tmp_path: Path, cache_dir: Path, identity: CacheIdentity) -> None:
+    taken = sum(path.stat().st_size for path in shard_paths(cache_dir)) / 24
+    assert 0.8 * taken < space.row_bytes(identity) < 2 * taken
+    large = replace(identity, image_size=1024, embedding_shape=(256, 64, 64))
+    assert 112_000 * space.row_bytes(large) / 2**30 == pytest.approx(260, rel=0.1)
+    half = space.row_bytes(replace(large, dtype="int8")) / space.row_bytes(large)
+    assert half == pytest.approx(0.57, abs=0.03)
+
+
+def test_everything_that_may_be_fed_to_it(tmp_path: Path, make: Make) -> None:
+    """One tar of all that DESIGN lists; every sample is there or has its reason in skipped.jsonl."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tar = write_tar(
+        tmp_path / "odd.tar",
+        [
+            ("./dotted.jpg", encoded(size=(60, 40))),
+            ("gray.png", encoded("PNG", "L")),
+            ("cmyk.jpg", encoded("JPEG", "CMYK")),
+            ("alpha.png", encoded("PNG", "RGBA")),
+            ("deep.png", encoded("PNG", "I;16")),
+            ("turned.jpg", encoded(exif=exif.tobytes())),
+            ("dot.png", encoded("PNG", size=(1, 1))),
+            ("wide.jpg", encoded(size=(20_000, 200))),
+            ("alone.jpg", encoded()),
+            ("both.jpg", encoded()),
+            ("both.json", ANNOTATION),
+            ("truncated.jpg", encoded(size=(400, 300))[:2000]),
+            ("thin.jpg", encoded(size=(20_000, 10))),
+            ("lonely.json", ANNOTATION),
+            ("gray.png", encoded("PNG", "L")),
+            ("last.jpg", encoded()),
+        ],
+    )
+    content = Path(tar).read_bytes()
+    Path(tar).write_bytes(content[: content.index(b"last.jpg") + 700])  # cut short in the last image
+    with pytest.raises(InputError, match=r"5 of 15 samples are bad, more than data\.max_skipped=0\.01; the commonest"):
+        make(tmp_path / "strict", tar=tar, max_skipped=0.01)
+    info = make(tmp_path / "cache", tar=tar, max_skipped=0.5)
+    skipped = [json.loads(line) for line in (tmp_path / "cache" / "skipped.jsonl").read_text().splitlines()]
+    reasons = {Path(line["key"]).name: line["reason"] for line in skipped}
+    assert (info.images, info.skipped) == (10, 5)
+    assert "truncated" in reasons["truncated"]
+    assert "too elongated" in reasons["thin"]
+    assert "without image" in reasons["lonely"]
+    assert "seen before" in reasons["gray"]
+    assert "cut short" in reasons["odd.tar"]
+    rows = {row.key: row for row in EmbeddingsCache(tmp_path / "cache")}
+    assert rows["turned"].original_size == (40, 30)
+    assert rows["dot"].input_size == (128, 128)
+    assert rows["wide"].input_size == (1, 128)
+    assert (rows["both"].annotation is None, rows["alone"].annotation is None) == (False, True)
+    assert all(np.isfinite(row.embedding).all() for row in rows.values())
+    assert len(rows) == 10
