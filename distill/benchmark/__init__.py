@@ -1,0 +1,1 @@
+"""What things cost: each measured against its baseline, interleaved, in one run."""

@@ -1,0 +1,162 @@
+"""Reading a cache: rows in random order against np.memmap on the same bytes, and opening one of 1 % of SA-1B's size."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from tqdm import trange
+
+from distill.benchmark.timing import Times, cost_alone, interleave, machine
+from embeddings_cache.codec import CacheRow, encode_pixels
+from embeddings_cache.files import write_json
+from embeddings_cache.format import DTYPES, CacheIdentity, CacheInfo
+from embeddings_cache.preprocess import fingerprint
+from embeddings_cache.reader import EmbeddingsCache, shard_paths
+from embeddings_cache.writer import ShardWriter
+from students import InputError
+
+GIB = 2**30
+ROWS_PER_SHARD = 256
+READ_PER_SHARD = 4
+"""Rows in each shard of the cache that is read, so that it has many: in a real one each row is in another shard."""
+
+
+@dataclass
+class CacheBenchmark:
+    rows: int = 256  # images in the cache that is read; the system keeps files of this size in memory
+    image_size: int = 1024  # side of the teacher's input; the embedding is 256 x S/16 x S/16
+    dtype: str = "float16"  # how embeddings are stored: float16 or int8
+    rounds: int = 5  # times that all rows are read, in turn with np.memmap
+    open_rows: int = 112_000  # images in the cache that is only opened: 1 % of SA-1B
+    dir: str | None = None  # where to make both (they are removed again); default: the system's temporary folder
+    out: str = "benchmark.json"  # where the numbers go
+
+
+def benchmark_cache(settings: CacheBenchmark) -> dict[str, Any]:
+    """Measure, and return what goes to `benchmark.json`.
+
+    Raises:
+        InputError: a setting that makes no sense.
+    """
+    if settings.dtype not in DTYPES:
+        raise InputError(f"dtype={settings.dtype} is not known; known: {', '.join(DTYPES)}")
+    with TemporaryDirectory(dir=settings.dir, prefix="cache-benchmark-") as directory:
+        rows = _benchmark_reading(settings, Path(directory))
+    with TemporaryDirectory(dir=settings.dir, prefix="cache-benchmark-") as directory:
+        make_light_cache(Path(directory), settings.open_rows)
+        rows.append(_benchmark_opening(settings, Path(directory)))
+    return {"benchmark": "cache", "settings": vars(settings), "machine": machine(torch.device("cpu")), "rows": rows}
+
+
+def _benchmark_reading(settings: CacheBenchmark, directory: Path) -> list[dict[str, Any]]:
+    make_cache(directory, settings)
+    cache = EmbeddingsCache(directory)
+    stored = _stored_embeddings(cache)
+    plain = directory / "plain.bin"
+    stored.tofile(plain)
+    mapped = np.memmap(plain, stored.dtype, "r", shape=stored.shape)
+    order = np.random.default_rng(0).permutation(len(cache))
+    destination = np.empty_like(stored[0])
+
+    def read_mapped() -> None:
+        for index in order:
+            np.copyto(destination, mapped[index])
+
+    def read_rows(read: Callable[[int], object]) -> None:
+        for index in order:
+            read(int(index))
+
+    subjects: dict[str, Callable[[], object]] = {
+        "np.memmap, the same bytes": read_mapped,
+        "cache, embeddings": partial(read_rows, cache.embedding),
+        "cache, whole rows": partial(read_rows, cache.__getitem__),
+    }
+    times = interleave(subjects, settings.rounds, torch.device("cpu"))
+    baseline = times["np.memmap, the same bytes"].median
+    return [
+        {
+            "name": f"read {len(cache)} rows in random order",
+            "backend": name,
+            **took.as_json(),
+            "GiB_per_s": round(stored.nbytes / GIB / took.median, 3),
+            "of_memmap": round(baseline / took.median, 3),
+        }
+        for name, took in times.items()
+    ]
+
+
+def _benchmark_opening(settings: CacheBenchmark, directory: Path) -> dict[str, Any]:
+    EmbeddingsCache(directory)  # the files are in the system's memory from here on
+    cost = cost_alone(partial(_open, directory))
+    shards = len(shard_paths(directory))
+    return {
+        "name": f"open {settings.open_rows} rows in {shards} shards",
+        "backend": "cache",
+        **Times([cost.seconds]).as_json(),
+        "added_bytes": cost.added_bytes,
+    }
+
+
+def _open(directory: Path) -> Callable[[], object]:
+    return partial(EmbeddingsCache, directory)
+
+
+def make_cache(directory: Path, settings: CacheBenchmark) -> None:
+    """A finished cache of random embeddings and noisy pictures."""
+    rng = np.random.default_rng(0)
+    side, cells = settings.image_size, settings.image_size // 16
+    identity = _identity((256, cells, cells), settings.dtype, side)
+    picture = rng.integers(0, 256, (side * 2 // 3 // 8, side // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    encoded = encode_pixels(picture, 95)
+    with ShardWriter(directory, identity, 0, READ_PER_SHARD) as writer:
+        for number in trange(settings.rows, desc="rows", unit=" rows", leave=False):
+            embedding = rng.standard_normal((256, cells, cells), dtype=np.float32).astype(np.float16)
+            size = (picture.shape[0], picture.shape[1])
+            writer.write(CacheRow(f"sa_{number}", embedding, encoded, size, size, "x" * 70_000))
+    _finish(directory, identity, settings.rows)
+
+
+def make_light_cache(directory: Path, rows: int) -> None:
+    """A finished cache with as many keys and shards as a real one, and next to nothing in them."""
+    identity = _identity((1, 1, 1), "float16", 16)
+    with ShardWriter(directory, identity, 0, ROWS_PER_SHARD) as writer:
+        for _ in range(ROWS_PER_SHARD):
+            writer.write(CacheRow("", np.zeros((1, 1, 1), np.float16), b"", (1, 1), (1, 1), None))
+    first = shard_paths(directory)[0]
+    numbers = range(0, rows, ROWS_PER_SHARD)
+    for shard, start in enumerate(numbers):
+        path = directory / f"shard-{shard:05d}-00001.h5"
+        shutil.copyfile(first, path)
+        with h5py.File(path, "r+") as file:
+            count = min(ROWS_PER_SHARD, rows - start)
+            for dataset in file.values():
+                dataset.resize(count, axis=0)
+            file.attrs["images"] = count
+            file["keys"][:] = [f"sa_{start + row:08d}" for row in range(count)]
+    first.unlink()
+    _finish(directory, identity, rows)
+
+
+def _identity(shape: tuple[int, int, int], dtype: str, side: int) -> CacheIdentity:
+    return CacheIdentity("vit_h", "0" * 64, "float32", side, shape, dtype, 95, fingerprint(), "made up", 1.0)
+
+
+def _finish(directory: Path, identity: CacheIdentity, rows: int) -> None:
+    info = CacheInfo(identity, complete=True, images=rows, shards=len(shard_paths(directory)))
+    write_json(directory / "cache.json", info.as_json())
+
+
+def _stored_embeddings(cache: EmbeddingsCache) -> np.ndarray:
+    """The very bytes that the shards hold, in the order of the cache's rows."""
+    parts: dict[str, np.ndarray] = {}
+    for path in cache.shards:
+        with h5py.File(path) as file:
+            parts |= dict(zip((key.decode() for key in file["keys"][:]), file["embeddings"][:], strict=True))
+    return np.stack([parts[key] for key in cache.keys])

@@ -1,0 +1,172 @@
+"""The teacher's encoder against segment-anything's own: time, memory, and how far the embeddings are apart."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from segment_anything import sam_model_registry
+from segment_anything.modeling import Sam
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from distill.benchmark.timing import Times, cost_alone, interleave, machine, synchronize
+from distill.checks import nearest
+from embeddings_cache.encoder import TEACHER_DTYPES, TeacherEncoder
+from embeddings_cache.preprocess import to_encoder_input
+from embeddings_cache.teacher import TEACHERS, load_teacher
+from embeddings_cache.toy_teacher import load_toy_teacher
+from embeddings_cache.vit import fuse_attention
+from students import InputError
+
+BASELINE = "segment-anything, float32"
+MATRIX = 8192
+"""Side of the square bfloat16 matrices whose product says what a GPU can do."""
+
+
+@dataclass
+class TeacherBenchmark:
+    name: str = "vit_b"  # vit_h, vit_l, vit_b or toy
+    checkpoint: str | None = None  # its weights; default: random ones, with relative positions that are not zero
+    image_size: int = 1024  # side of the square input in pixels
+    batch_size: int = 1  # images a pass
+    dtypes: str = "float32,bfloat16"  # of our encoder, after commas: float32, bfloat16, float16
+    compile: bool = False  # also measure torch.compile
+    rounds: int = 5  # passes of each, in turn
+    memory: bool = True  # also measure peak memory, on a CPU in processes of their own
+    device: str = "auto"  # cpu, cuda; auto: cuda where there is one
+    out: str = "benchmark.json"  # where the numbers go
+
+
+def benchmark_teacher(settings: TeacherBenchmark) -> dict[str, Any]:
+    """Measure, and return what goes to `benchmark.json`.
+
+    Raises:
+        InputError: a setting that makes no sense.
+    """
+    dtypes = settings.dtypes.split(",")
+    for key, values, known in (
+        ("name", [settings.name], TEACHERS),
+        ("dtypes", dtypes, TEACHER_DTYPES),
+        ("device", [settings.device], ("auto", "cpu", "cuda")),
+    ):
+        if unknown := [value for value in values if value not in known]:
+            raise InputError(f"{key}={unknown[0]} is not known{nearest(unknown[0], known)}")
+    gpu = torch.cuda.is_available()
+    if settings.device == "cuda" and not gpu:
+        raise InputError("device=cuda: this PyTorch finds no GPU")
+    device = torch.device("cuda" if gpu and settings.device != "cpu" else "cpu")
+    variants = [(dtype, compiled) for compiled in (False, True)[: 1 + settings.compile] for dtype in dtypes]
+    passes = {BASELINE: partial(baseline_pass, settings, device)}
+    passes |= {_label(*variant): partial(our_pass, settings, device, *variant) for variant in variants}
+    ready = {name: prepare() for name, prepare in passes.items()}
+    expected = ready[BASELINE]()
+    errors = {name: _error(encode(), expected) for name, encode in ready.items()}
+    times = interleave(ready, settings.rounds, device)
+    memory = _memory(passes, ready, device) if settings.memory else {}
+    rows = [
+        {
+            "name": settings.name,
+            "backend": name,
+            **times[name].as_json(),
+            "images_per_s": round(settings.batch_size / times[name].median, 3),
+            "speed_up": round(times[BASELINE].median / times[name].median, 3),
+            **errors[name],
+            **({"peak_memory_bytes": memory[name]} if memory else {}),
+        }
+        for name in passes
+    ]
+    content: dict[str, Any] = {"benchmark": "teacher", "settings": vars(settings), "machine": machine(device)}
+    content["rows"] = rows
+    if device.type == "cuda":
+        content |= _share_of_peak(settings, times, device)
+    return content
+
+
+def baseline_pass(settings: TeacherBenchmark, device: torch.device) -> Callable[[], torch.Tensor]:
+    """segment-anything's own encoder, ready to encode a batch."""
+    encoder = _load(settings).image_encoder.to(device)
+    inputs = to_encoder_input(*_batch(settings, device))
+    return torch.no_grad()(lambda: encoder(inputs))
+
+
+def our_pass(
+    settings: TeacherBenchmark, device: torch.device, dtype: str, compiled: bool
+) -> Callable[[], torch.Tensor]:
+    """Ours, ready to encode the same batch."""
+    sam = _load(settings)
+    fuse_attention(sam.image_encoder)
+    encoder = TeacherEncoder(sam, device, dtype, compiled, settings.batch_size)
+    return partial(encoder, *_batch(settings, device))
+
+
+def _label(dtype: str, compiled: bool) -> str:
+    return f"ours, {dtype}{', compiled' if compiled else ''}"
+
+
+def _load(settings: TeacherBenchmark) -> Sam:
+    if settings.checkpoint is not None:
+        return load_teacher(settings.name, settings.checkpoint, settings.image_size)
+    torch.manual_seed(0)
+    sam = load_toy_teacher(settings.image_size) if settings.name == "toy" else sam_model_registry[settings.name]()
+    for name, parameter in sam.image_encoder.named_parameters():
+        if "pos" in name and settings.name != "toy":  # zero until a checkpoint fills them
+            nn.init.trunc_normal_(parameter, std=0.02 if "rel" not in name else 0.2)
+    return sam.eval().requires_grad_(False)
+
+
+def _batch(settings: TeacherBenchmark, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smooth random pictures of 3:2 in a square input, as photographs are."""
+    side = settings.image_size
+    generator = torch.Generator().manual_seed(0)
+    coarse = 255 * torch.rand(settings.batch_size, 3, side // 32, side // 32, generator=generator)
+    pixels = nn.functional.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0, 255).byte()
+    return pixels.to(device), torch.tensor([[side * 2 // 3, side]] * settings.batch_size)
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
+    difference = found.float() - expected.float()
+    return {
+        "max_difference": difference.abs().max().item(),
+        "relative_error": (difference.norm() / expected.norm()).item(),
+    }
+
+
+def _memory(
+    passes: Mapping[str, Callable[[], Callable[[], torch.Tensor]]],
+    ready: Mapping[str, Callable[[], torch.Tensor]],
+    device: torch.device,
+) -> dict[str, int]:
+    if device.type != "cuda":
+        return {
+            name: cost_alone(prepare).peak_bytes for name, prepare in tqdm(passes.items(), desc="memory", leave=False)
+        }
+    found = {}
+    for name, encode in ready.items():
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        encode()
+        synchronize(device)
+        found[name] = torch.cuda.max_memory_allocated(device) - before
+    return found
+
+
+def _share_of_peak(settings: TeacherBenchmark, times: dict[str, Times], device: torch.device) -> dict[str, Any]:
+    """How near the fastest pass is to the rate of one large matrix product on this very GPU."""
+    left, right = (torch.randn(MATRIX, MATRIX, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = interleave({"product": lambda: [left @ right for _ in range(10)]}, 5, device)["product"]
+    rate = 10 * 2 * MATRIX**3 / product.median
+    sam = _load(settings)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        side = settings.image_size
+        sam.image_encoder.to(device)(torch.zeros(1, 3, side, side, device=device))
+    fastest = min((name for name in times if name != BASELINE), key=lambda name: times[name].median)
+    achieved = counter.get_total_flops() * settings.batch_size / times[fastest].median
+    return {
+        "flops_per_image": counter.get_total_flops(),
+        "matrix_product_flops_per_s": rate,
+        "share_of_matrix_product": round(achieved / rate, 4),
+        "fastest": fastest,
+    }

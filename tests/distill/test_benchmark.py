@@ -1,0 +1,73 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.benchmark.main import main
+from distill.benchmark.timing import interleave
+
+
+def test_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "benchmark.json"
+    arguments = ["name=toy", "image_size=128", "rounds=2", "memory=false", "device=cpu", f"out={out}"]
+    assert main(["teacher", *arguments]) == 0
+    content = json.loads(out.read_text())
+    baseline, exact, half = content["rows"]
+    assert [row["backend"] for row in content["rows"]] == [
+        "segment-anything, float32", "ours, float32", "ours, bfloat16",
+    ]  # fmt: skip
+    assert baseline["relative_error"] == 0
+    assert exact["max_difference"] < 1e-4
+    assert 1e-4 < half["relative_error"] < 2e-2
+    assert all(row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] for row in content["rows"])
+    assert exact["speed_up"] == pytest.approx(baseline["median_ms"] / exact["median_ms"], rel=0.01)
+    assert content["machine"]["torch"] == torch.__version__
+    assert "ours, bfloat16" in capsys.readouterr().out
+
+
+def test_cache(tmp_path: Path) -> None:
+    out = tmp_path / "benchmark.json"
+    arguments = ["rows=6", "image_size=128", "open_rows=600", "rounds=2", f"dir={tmp_path}", f"out={out}"]
+    assert main(["cache", *arguments]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["read 6 rows in random order"] * 3 + ["open 600 rows in 3 shards"]
+    assert rows[0]["of_memmap"] == 1
+    assert all(row["median_ms"] > 0 for row in rows)
+    assert rows[3]["added_bytes"] < 200e6
+    assert [path.name for path in tmp_path.iterdir()] == ["benchmark.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["teachers"], "'teachers' is no benchmark; did you mean 'teacher'?"),
+        (["teacher", "round=3"], "'round=3' is no key=value of teacher; did you mean 'rounds'?"),
+        (["teacher", "rounds=many"], "many"),
+        (["teacher", "name=vit_x"], "name=vit_x is not known; did you mean 'vit_"),
+        (["teacher", "dtypes=float32,fp16"], "dtypes=fp16 is not known; did you mean 'float16'?"),
+        (["teacher", "device=gpu"], "device=gpu is not known"),
+        (["cache", "dtype=int4"], "dtype=int4 is not known"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("benchmark.py: ")
+    assert named in line
+
+
+def test_help_says_every_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "  name=vit_b " in text
+    assert "  checkpoint=null " in text
+    assert "  open_rows=112000 " in text
+
+
+def test_rounds_are_interleaved_and_turn() -> None:
+    order: list[str] = []
+    subjects = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = interleave(subjects, rounds=3, device=torch.device("cpu"))
+    assert "".join(order) == "abcbcacababc"
+    assert all(len(taken.seconds) == 3 for taken in times.values())
