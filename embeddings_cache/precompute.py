@@ -92,7 +92,7 @@ def precompute(
     Raises:
         InputError: the directory holds another cache or is in use, the disk is full or too small, no image could be
             read, or too many were bad.
-        Stopped: SIGTERM or SIGINT came; all rows that were finished are kept.
+        Stopped: SIGTERM or SIGINT came; all rows that were written are kept.
     """
     info = read_info(directory)
     if info is not None and (info.complete or shard_paths(directory)):  # an empty one binds nobody
