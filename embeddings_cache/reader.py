@@ -115,7 +115,7 @@ class OpenShard:
         self.embeddings, self.images, self.annotations = (
             self.file[name] for name in ("embeddings", "images", "annotations")
         )
-        self.scales = self.file["scales"][:] if "scales" in self.file else None
+        self.scales = self.file["scales"][:] if self.embeddings.dtype == np.int8 else None
         self.original_size, self.input_size = self.file["original_size"][:], self.file["input_size"][:]
 
     def embedding(self, row: int) -> np.ndarray:

@@ -21,6 +21,9 @@ from embeddings_cache.files import whole_file
 from students import InputError
 
 SCENES_PER_TAR = 64
+GENERATION = 2
+"""Counts up when the same seed gives other scenes, so that tars of older ones are not taken for these."""
+
 MIN_SHARE = 1 / 400
 """Of the picture; a part smaller than this gets no mask."""
 
@@ -66,7 +69,9 @@ def write_scene_tars(
     paths = []
     for first in range(0, count, SCENES_PER_TAR):
         numbers = range(first, min(first + SCENES_PER_TAR, count))
-        path = directory / f"scenes_{longest_side}px_seed{seed}_{numbers.start:06d}-{numbers.stop - 1:06d}.tar"
+        path = (
+            directory / f"scenes{GENERATION}_{longest_side}px_seed{seed}_{numbers.start:06d}-{numbers.stop - 1:06d}.tar"
+        )
         if not path.exists():
             write_scene_tar(path, numbers, longest_side, seed)
         done(len(numbers))

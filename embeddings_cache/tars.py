@@ -6,7 +6,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import webdataset as wds
@@ -42,16 +42,13 @@ def first_image_keys(path: str, most: int) -> tuple[set[str], float]:
     Of a damaged tar what can be listed: reading the images will say what is wrong with it, and stop or go on.
     """
     keys: set[str] = set()
-    try:
-        with tarfile.open(path) as tar:
-            for number, member in enumerate(tar):
-                if number == most:
-                    return keys, min(1.0, member.offset / os.path.getsize(path))
-                name = _without_dot(member.name)
-                if not is_hidden(name) and os.path.basename(name).lower().partition(".")[2] in IMAGE_SUFFIXES:
-                    keys.add(_member_key(name))
-    except TAR_ERRORS:
-        return keys, 1.0
+    with suppress(*TAR_ERRORS), tarfile.open(path) as tar:
+        for number, member in enumerate(tar):
+            if number == most:
+                return keys, min(1.0, member.offset / os.path.getsize(path))
+            name = _without_dot(member.name)
+            if not is_hidden(name) and os.path.basename(name).lower().partition(".")[2] in IMAGE_SUFFIXES:
+                keys.add(_member_key(name))
     return keys, 1.0
 
 

@@ -113,7 +113,8 @@ def _read_keys(verdict: Verdict, identity: CacheIdentity) -> None:
 def _verify_rows(verdict: Verdict, identity: CacheIdentity, encoder: TeacherEncoder | None, sample: set[str]) -> None:
     try:
         shard = OpenShard(verdict.path)
-        sums = shard.file["crc32"][:]
+        # Shards from before it was introduced have none; that is no damage.
+        sums = shard.file["crc32"][:].tolist() if "crc32" in shard.file else [None] * len(verdict.keys)
     except Exception as error:
         verdict.problems.append(damage_of(error))
         return
@@ -121,7 +122,7 @@ def _verify_rows(verdict: Verdict, identity: CacheIdentity, encoder: TeacherEnco
         for number, key in enumerate(verdict.keys):
             try:
                 row = shard.row(number, key)
-                problem = _row_problem(row, int(sums[number]), identity)
+                problem = _row_problem(row, sums[number], identity)
                 if not problem and encoder is not None and key in sample:
                     off = relative_error(row, encoder)
                     verdict.recomputed.append(off)
@@ -134,9 +135,9 @@ def _verify_rows(verdict: Verdict, identity: CacheIdentity, encoder: TeacherEnco
                 verdict.problems.append(f"row {number} ({key}): {problem}")
 
 
-def _row_problem(row: CacheRow, crc32: int, identity: CacheIdentity) -> str:
+def _row_problem(row: CacheRow, crc32: int | None, identity: CacheIdentity) -> str:
     """What is wrong with a row, or nothing; raises whatever is wrong with its picture."""
-    if crc32_of(row) != crc32:
+    if crc32 is not None and crc32_of(row) != crc32:
         return "the checksum of key, picture and annotation does not hold"
     if row.embedding.shape != identity.embedding_shape or not np.isfinite(row.embedding).all():
         return "the embedding is not finite, or of another shape"

@@ -118,8 +118,8 @@ def evaluation_inputs(recipe: Recipe) -> dict[str, Any]:
         info = read_info(Path(recipe.cache.dir))
         return {**inputs, "val_images": recipe.data.val_images, "cache": info and asdict(info.identity)}
     checkpoint = recipe.teacher.checkpoint
-    teacher = {"name": recipe.teacher.name, "file_sha256": checkpoint and sha256(Path(checkpoint))}
-    teacher["dtype"] = recipe.teacher.dtype
+    digest = checkpoint and sha256(Path(checkpoint))
+    teacher = {"name": recipe.teacher.name, "dtype": recipe.teacher.dtype, "file_sha256": digest}
     return {**inputs, "teacher": teacher, "image_size": recipe.image_size, "jpeg_quality": recipe.cache.jpeg_quality}
 
 

@@ -1,20 +1,12 @@
 import shutil
 from pathlib import Path
 
-import h5py
 import pytest
 
+from caches import flip_a_bit
 from distill.main import main
 from embeddings_cache.reader import shard_paths
 from support import TINY, places
-
-
-def damage(shard: Path) -> None:
-    with h5py.File(shard, "r") as file:
-        place = file["embeddings"].id.get_chunk_info(0).byte_offset
-    content = bytearray(shard.read_bytes())
-    content[place] ^= 1
-    shard.write_bytes(content)
 
 
 def test_verify_finds_drops_and_precompute_mends(
@@ -24,7 +16,7 @@ def test_verify_finds_drops_and_precompute_mends(
     arguments = [*TINY, *places(tmp_path, scene_tar)]
     assert main([*arguments, "stage=verify"]) == 0
     assert "verify: 24 images in 1 shards, all as they should be" in capsys.readouterr().out
-    damage(shard_paths(tmp_path / "cache")[0])
+    flip_a_bit(shard_paths(tmp_path / "cache")[0], 0)
     assert main([*arguments, "stage=verify", "verify.recompute=0"]) == 1
     told = capsys.readouterr()
     assert "its checksum does not hold" in told.out

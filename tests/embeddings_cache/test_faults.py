@@ -78,6 +78,13 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {row.key: row.embedding.tobytes() + row.encoded for row in EmbeddingsCache(directory / "cache")}
 
 
+def assert_goes_on(process: subprocess.Popen[str], directory: Path, undisturbed: dict[str, bytes]) -> None:
+    """The same command, started again, ends with the cache that it would have made undisturbed."""
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert contents(directory) == undisturbed
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tars: Path, make: Make) -> dict[str, bytes]:
     directory = tmp_path_factory.mktemp("undisturbed")
@@ -98,10 +105,7 @@ def test_preemption_keeps_every_finished_row(
     kept = sum(len(h5py.File(shard)["keys"]) for shard in shard_paths(tmp_path / "cache"))
     assert 10 <= kept < IMAGES
     assert not list((tmp_path / "cache").glob(".tmp-*"))
-    again = start(tmp_path)
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, output
-    assert contents(tmp_path) == undisturbed
+    assert_goes_on(start(tmp_path), tmp_path, undisturbed)
 
 
 @pytest.mark.slow
@@ -115,10 +119,7 @@ def test_preemption_of_several_processes(tmp_path: Path, start: Start, undisturb
     assert process.returncode != 0
     assert output.count("distill.py: stopped by SIGTERM; the same command goes on from here") == 1, output
     assert not list((tmp_path / "cache").glob(".tmp-*"))
-    again = start(tmp_path)
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, output
-    assert contents(tmp_path) == undisturbed
+    assert_goes_on(start(tmp_path), tmp_path, undisturbed)
 
 
 @pytest.mark.slow
@@ -150,9 +151,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(
         if is_finished(directory):
             finished.append(directory)
             directory = tmp_path / str(len(finished))
-    last = start(directory, *launcher)
-    output, _ = last.communicate(timeout=120)
-    assert last.returncode == 0, output
+    assert_goes_on(start(directory, *launcher), directory, undisturbed)
     for done in [*finished, directory]:
         assert contents(done) == undisturbed
         assert not list((done / "cache").glob(".tmp-*"))
@@ -203,10 +202,7 @@ def test_a_file_that_may_not_grow_ends_in_one_line(tmp_path: Path, start: Start,
     assert last.endswith("All finished shards are kept; the same command goes on from them")
     assert "Traceback" not in output
     assert not list((tmp_path / "cache").glob(".tmp-*"))
-    again = start(tmp_path)
-    output, _ = again.communicate(timeout=120)
-    assert again.returncode == 0, output
-    assert contents(tmp_path) == undisturbed
+    assert_goes_on(start(tmp_path), tmp_path, undisturbed)
 
 
 def test_a_disk_that_is_too_small_is_seen_before_the_start(

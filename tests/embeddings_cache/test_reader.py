@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from caches import Make
+from caches import Make, flip_a_bit
 from embeddings_cache.format import CacheIdentity
 from embeddings_cache.reader import EmbeddingsCache, shard_paths
 from students import InputError
@@ -38,11 +38,8 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, make: Make) -> None:
     make(tmp_path)
     shard = shard_paths(tmp_path)[0]
     with h5py.File(shard) as file:
-        offset = file["embeddings"].id.get_chunk_info(0).byte_offset
         key = file["keys"][0].decode()
-    data = bytearray(shard.read_bytes())
-    data[offset + 100] ^= 1
-    shard.write_bytes(data)
+    flip_a_bit(shard, 0)
     cache = EmbeddingsCache(tmp_path)
     for read in (cache.__getitem__, cache.embedding):
         with pytest.raises(InputError, match=r"shard-00000-00000\.h5 is damaged in row 0: its checksum does not hold"):

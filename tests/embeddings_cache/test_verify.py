@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -10,8 +11,9 @@ import pytest
 import torch
 from segment_anything.modeling import Sam
 
-from caches import Make
+from caches import Make, flip_a_bit
 from embeddings_cache.encoder import TeacherEncoder
+from embeddings_cache.format import CacheIdentity
 from embeddings_cache.reader import EmbeddingsCache, shard_paths
 from embeddings_cache.verify import DamagedCache, verify_cache
 from students import InputError
@@ -27,17 +29,6 @@ def encoder(sam: Sam) -> TeacherEncoder:
     return TeacherEncoder(sam, torch.device("cpu"))
 
 
-def flip_byte_of_row(shard: Path, row: int) -> None:
-    """What a bad disk does to an embedding."""
-    with h5py.File(shard, "r") as file:
-        place = file["embeddings"].id.get_chunk_info(row).byte_offset + 1000
-    with shard.open("r+b") as raw:
-        raw.seek(place)
-        byte = raw.read(1)[0]
-        raw.seek(place)
-        raw.write(bytes([byte ^ 1]))
-
-
 def test_a_good_cache_passes(cache_dir: Path, encoder: TeacherEncoder, capsys: pytest.CaptureFixture[str]) -> None:
     verify_cache(cache_dir, encoder, recompute=24)
     lines = capsys.readouterr().out.splitlines()
@@ -49,7 +40,7 @@ def test_a_good_cache_passes(cache_dir: Path, encoder: TeacherEncoder, capsys: p
 def test_one_flipped_bit_is_found_dropped_and_made_again(
     copy: Path, cache_dir: Path, make: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flip_byte_of_row(shard_paths(copy)[1], 4)
+    flip_a_bit(shard_paths(copy)[1], 4)
     with pytest.raises(InputError, match=r"shard-00000-00001\.h5 is damaged in row 4: .*checksum.*stage=verify"):
         list(EmbeddingsCache(copy))
     with pytest.raises(DamagedCache, match=r"1 of 3 shards are damaged.*verify\.drop=true removes"):
@@ -137,6 +128,24 @@ def test_an_embedding_that_is_not_the_teachers_is_found(
     with pytest.raises(DamagedCache):
         verify_cache(copy, encoder, recompute=24)
     assert "row 2 (sa_2): the teacher makes another embedding, off by" in capsys.readouterr().out
+
+
+def lose(name: str, shard: Path) -> None:
+    with h5py.File(shard, "r+") as file:
+        del file[name]
+
+
+def test_int8_without_its_scales_is_damage_and_an_older_shard_is_not(
+    tmp_path: Path, identity: CacheIdentity, make: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path, identity=replace(identity, dtype="int8"))
+    lose("crc32", shard_paths(tmp_path)[0])
+    verify_cache(tmp_path, None, 0)
+    lose("scales", shard_paths(tmp_path)[1])
+    with pytest.raises(DamagedCache, match="1 of 3 shards are damaged"):
+        verify_cache(tmp_path, None, 0)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "DAMAGED" in line]
+    assert line.startswith("shard-00000-00001.h5")
 
 
 def test_an_unfinished_cache_is_checked_by_sample_too(
