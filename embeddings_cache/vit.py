@@ -1,19 +1,12 @@
-"""SAM's image encoder, with its own weights and faster attention.
-
-segment-anything adds its decomposed relative positions (MViTv2, arXiv:2112.01526, section 4.1) to a full attention
-matrix: 805 MB a block for ViT-B at 1024 px. But
-
-    softmax(scale·q·k + q·Rh[row of k] + q·Rw[column of k])
-
-is plain attention between longer vectors: q' = [scale·q, q·Rh, q·Rw], and k' = [k, one-hot row, one-hot column]. So
-`scaled_dot_product_attention` computes it without the matrix, and exactly.
-"""
+"""SAM's image encoder with its own weights, and blocks that are as fast as the device allows."""
 
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Attention, Block, window_partition, window_unpartition
 from torch import nn
+
+from embeddings_cache.attention import attention
 
 
 def fuse_attention(encoder: ImageEncoderViT) -> None:
@@ -47,7 +40,6 @@ def encode_image(encoder: ImageEncoderViT, pixels: torch.Tensor, dtype: torch.dt
 class FusedBlock(nn.Module):
     """The block it is made of, computed by fused attention: tokens (B, H, W, C) → (B, H, W, C)."""
 
-    places: torch.Tensor
     row_distance: torch.Tensor
     column_distance: torch.Tensor
 
@@ -56,15 +48,13 @@ class FusedBlock(nn.Module):
         self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
         self.window_size = block.window_size
         if self.attn.use_rel_pos:
-            height, width = ((len(table) + 1) // 2 for table in (self.attn.rel_pos_h, self.attn.rel_pos_w))
-            rows, columns = torch.eye(height).repeat_interleave(width, 0), torch.eye(width).repeat(height, 1)
-            self.register_buffer("places", torch.cat([rows, columns], 1), persistent=False)
-            self.register_buffer("row_distance", _distances(height), persistent=False)
-            self.register_buffer("column_distance", _distances(width), persistent=False)
+            for name, table in (("row_distance", self.attn.rel_pos_h), ("column_distance", self.attn.rel_pos_w)):
+                self.register_buffer(name, _distances((len(table) + 1) // 2), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         tokens = tokens + self._attend(self.norm1(tokens))
-        return tokens + self.mlp(self.norm2(tokens))
+        hidden = self.mlp.act(_linear(self.mlp.lin1, self.norm2(tokens)))
+        return tokens + _linear(self.mlp.lin2, hidden)
 
     def _attend(self, tokens: torch.Tensor) -> torch.Tensor:
         size = (tokens.shape[1], tokens.shape[2])
@@ -73,31 +63,33 @@ class FusedBlock(nn.Module):
             tokens, padded = window_partition(tokens, self.window_size)
         count, height, width, channels = tokens.shape
         attn: Attention = self.attn
-        qkv = attn.qkv(tokens).view(count, height * width, 3, attn.num_heads, -1)
+        qkv = _linear(attn.qkv, tokens).reshape(count, height * width, 3, attn.num_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         if attn.use_rel_pos:
-            query, key = self._add_positions(query, key, height, width)
-            scale = 1.0
+            attended = attention(query, key, value, *self._position_terms(query.unflatten(2, (height, width))))
         else:
-            scale = attn.scale
-        # The fused kernels want one width for all three.
-        extra = query.shape[-1] - value.shape[-1]
-        seen = F.scaled_dot_product_attention(query, key, F.pad(value, (0, extra)), scale=scale)[..., : value.shape[-1]]
-        tokens = seen.transpose(1, 2).reshape(count, height, width, channels)
+            attended = F.scaled_dot_product_attention(query, key, value)
+        tokens = attended.transpose(1, 2).reshape(count, height, width, channels)
         if self.window_size:
             tokens = window_unpartition(tokens, self.window_size, padded, size)
-        return attn.proj(tokens)
+        return _linear(attn.proj, tokens)
 
-    def _add_positions(
-        self, query: torch.Tensor, key: torch.Tensor, height: int, width: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """q and k (n, heads, h·w, d) → q' and k' (n, heads, h·w, d + h + w)."""
-        grid = query.unflatten(2, (height, width))
-        by_row = torch.einsum("nahwc,hkc->nahwk", grid, self.attn.rel_pos_h[self.row_distance])
-        by_column = torch.einsum("nahwc,wkc->nahwk", grid, self.attn.rel_pos_w[self.column_distance])
-        longer = torch.cat([query * self.attn.scale, by_row.flatten(2, 3), by_column.flatten(2, 3)], -1)
-        places = self.places.to(key.dtype).expand(*key.shape[:2], -1, -1)
-        return longer, torch.cat([key, places], -1)
+    def _position_terms(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(n, heads, h, w, d) → q·Rh (n, heads, h, w, h) and q·Rw (n, heads, h, w, w)."""
+        by_row = torch.einsum("nahwc,hkc->nahwk", query, self.attn.rel_pos_h[self.row_distance])
+        by_column = torch.einsum("nahwc,wkc->nahwk", query, self.attn.rel_pos_w[self.column_distance])
+        return by_row, by_column
+
+
+def _linear(layer: nn.Linear, tokens: torch.Tensor) -> torch.Tensor:
+    """`layer(tokens)` of (B, H, W, C) tokens; in float32 on x86, as the 1×1 convolution that it is.
+
+    There PyTorch gives matrix products to MKL, which makes half of an AMD CPU's speed, and convolutions to oneDNN.
+    """
+    mkl = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if tokens.device.type == "cpu" and tokens.dtype == torch.float32 and mkl:
+        return F.conv2d(tokens.permute(0, 3, 1, 2), layer.weight[:, :, None, None], layer.bias).permute(0, 2, 3, 1)
+    return layer(tokens)
 
 
 def _distances(size: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The fast encoder against segment-anything's own."""
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from segment_anything.modeling import ImageEncoderViT, Sam
 from torch import nn
 
+from embeddings_cache import attention
 from embeddings_cache.embed import embedded_rows
 from embeddings_cache.encoder import TeacherEncoder
 from embeddings_cache.images import Sample
@@ -44,6 +46,26 @@ def test_it_computes_what_segment_anything_computes(options: dict) -> None:
     torch.testing.assert_close(encoder(pixels), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(encode_image(encoder, pixels, torch.float32), expected, atol=1e-4, rtol=0)
     assert expected.std() > 0.5
+
+
+@pytest.mark.parametrize("way", [attention.folded_attention, attention.sliced_attention])
+@pytest.mark.parametrize("scores", [1, 3 * 6 * 4 * 9 * 4 * 9, 1 << 24])
+@torch.no_grad()
+def test_both_ways_are_the_attention_with_a_full_matrix(
+    way: Callable[..., torch.Tensor], scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in slices of one row, and of three windows, which do not divide the seven."""
+    monkeypatch.setattr(attention, "SCORES_AT_A_TIME", scores)
+    torch.manual_seed(0)
+    count, heads, height, width, size = 7, 6, 4, 9, 16
+    query, key, value = torch.randn(3, count, heads, height * width, size)
+    rows, columns = torch.randn(height, height, size), torch.randn(width, width, size)
+    grid = query.view(count, heads, height, width, size)
+    by_row, by_column = (torch.einsum(f"nahwc,{a}kc->nahwk", grid, r) for a, r in (("h", rows), ("w", columns)))
+    scored = (query * size**-0.5) @ key.mT
+    scored += (by_row[..., None] + by_column[..., None, :]).reshape(scored.shape)
+    expected = scored.softmax(-1) @ value
+    torch.testing.assert_close(way(query, key, value, by_row, by_column), expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
