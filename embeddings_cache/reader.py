@@ -113,9 +113,9 @@ class OpenShard:
     def __init__(self, path: Path) -> None:
         self.file = h5py.File(path, "r")
         self.embeddings, self.images, self.annotations = (
-            self.file[name] for name in ("embeddings", "images", "annotations")
+            _Rows(self.file[name]) for name in ("embeddings", "images", "annotations")
         )
-        self.scales = self.file["scales"][:] if self.embeddings.dtype == np.int8 else None
+        self.scales = self.file["scales"][:] if self.file["embeddings"].dtype == np.int8 else None
         self.original_size, self.input_size = self.file["original_size"][:], self.file["input_size"][:]
 
     def embedding(self, row: int) -> np.ndarray:
@@ -127,11 +127,27 @@ class OpenShard:
         return CacheRow(
             key=key,
             embedding=self.embedding(row),
-            encoded=self.images[row].tobytes(),
+            encoded=self.images[row].item().tobytes(),
             original_size=_size(self.original_size[row]),
             input_size=_size(self.input_size[row]),
-            annotation=self.annotations[row].decode() or None,
+            annotation=self.annotations[row].item().decode() or None,
         )
+
+
+class _Rows:
+    """Rows of a dataset, one by one; h5py's indexing would take as long again to understand the index."""
+
+    def __init__(self, dataset: h5py.Dataset) -> None:
+        self._dataset, self._shape, self._dtype = dataset.id, dataset.shape[1:], dataset.dtype
+        self._memory = h5py.h5s.create_simple((1, *self._shape))
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """Array of the dataset's dtype and a row's shape."""
+        place = self._dataset.get_space()
+        place.select_hyperslab((row,) + (0,) * len(self._shape), (1, *self._shape))
+        values = np.empty(self._shape, self._dtype)
+        self._dataset.read(self._memory, place, values)
+        return values
 
 
 def files_open_at_most() -> int:

@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from distill.benchmark.cache import CacheBenchmark, make_cache, map_plainly, whole_row
 from distill.benchmark.main import main
 from distill.benchmark.timing import interleave
+from embeddings_cache.reader import EmbeddingsCache
 
 
 def test_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,11 +33,31 @@ def test_cache(tmp_path: Path) -> None:
     arguments = ["rows=6", "image_size=128", "open_rows=600", "rounds=2", f"dir={tmp_path}", f"out={out}"]
     assert main(["cache", *arguments]) == 0
     rows = json.loads(out.read_text())["rows"]
-    assert [row["name"] for row in rows] == ["read 6 rows in random order"] * 3 + ["open 600 rows in 3 shards"]
-    assert rows[0]["of_memmap"] == 1
+    assert [(row["name"], row["backend"]) for row in rows] == [
+        ("6 embeddings in random order", "np.memmap"), ("6 embeddings in random order", "cache"),
+        ("6 whole rows in random order", "np.memmap"), ("6 whole rows in random order", "cache"),
+        ("open 600 rows in 3 shards", "cache"),
+    ]  # fmt: skip
+    assert rows[0]["of_memmap"] == rows[2]["of_memmap"] == 1
     assert all(row["median_ms"] > 0 for row in rows)
-    assert rows[3]["added_bytes"] < 200e6
+    assert rows[4]["added_bytes"] < 200e6
+    read = [row["GiB_per_s"] * row["median_ms"] for row in rows[:4]]  # bytes
+    assert read[0] == pytest.approx(read[1], rel=0.05)
+    assert read[2] == pytest.approx(read[3], rel=0.05)
+    assert read[2] > 1.1 * read[0]
     assert [path.name for path in tmp_path.iterdir()] == ["benchmark.json"]
+
+
+def test_reading_is_compared_on_the_same_bytes(tmp_path: Path) -> None:
+    settings = CacheBenchmark(rows=9, image_size=64)
+    make_cache(tmp_path, settings)
+    cache = EmbeddingsCache(tmp_path)
+    mapped, ends = map_plainly(tmp_path / "plain.bin", cache, whole_row)
+    for index, end in enumerate(ends):
+        row = cache[index]
+        expected = row.embedding.tobytes() + row.encoded + row.annotation.encode()
+        assert bytes(mapped[end - len(expected) : end]) == expected
+    assert ends[-1] == len(mapped)
 
 
 @pytest.mark.parametrize(
