@@ -64,6 +64,7 @@ def collect(recipe: Recipe, scores: dict[str, Any], manifest: Path) -> dict[str,
     # A student from elsewhere, or other images, have not the curves of this run's training.
     lines = read_metrics(run_dir) if recipe.checkpoint is None and recipe.evaluate.data is None else []
     benchmark = run_dir / "benchmark.json"
+    measured = read_json(benchmark) if benchmark.exists() and recipe.checkpoint is None else {}
     return {
         "recipe": recipe.name,
         "settings": yaml.safe_load(to_yaml(recipe)),
@@ -76,7 +77,7 @@ def collect(recipe: Recipe, scores: dict[str, Any], manifest: Path) -> dict[str,
         "evaluation": {name: scores[name] for name in ("images", "embedding", "miou")},
         "size_limits_px": {size: [low, high if high < float("inf") else None] for size, (low, high) in SIZES.items()},
         "export": exported["files"],
-        "benchmark": read_json(benchmark) if benchmark.exists() and recipe.checkpoint is None else None,
+        "benchmark": measured.get("students"),
     }
 
 

@@ -1,11 +1,10 @@
 """Images → rows of the cache: decoding, encoder and whatever takes the rows go on at the same time."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 
 from embeddings_cache.codec import CacheRow, decode_pixels, encode_pixels
@@ -14,7 +13,6 @@ from embeddings_cache.images import Sample
 from embeddings_cache.overlap import iterate_ahead, map_ahead
 from embeddings_cache.preprocess import pad_pixels, resize_longest_side
 from embeddings_cache.tars import Skipped
-from students import InputError
 
 BATCHES_AHEAD = 2
 
@@ -46,16 +44,19 @@ def embedded_rows(
     prepare_one = partial(prepare, size=encoder.image_size, jpeg_quality=jpeg_quality)
     prepared = map_ahead(prepare_one, samples, threads, ahead=2 * threads)
     with closing(iterate_ahead(_batches(prepared, encoder, skipped), BATCHES_AHEAD)) as batches:
-        for batch, pixels, sizes in batches:
-            embeddings = encoder(pixels, sizes).half().cpu().numpy()
-            if not np.isfinite(embeddings).all():
-                raise InputError(
-                    f"{encoder.dtype} overflows in the teacher: take teacher.dtype=bfloat16, which has float32's range"
-                )
-            for image, embedding in zip(batch, embeddings, strict=True):
-                yield CacheRow(
-                    image.key, embedding, image.encoded, image.original_size, image.input_size, image.annotation
-                )
+        begun = ((batch, encoder.begin(pixels, sizes)) for batch, pixels, sizes in batches)
+        # A GPU has its next batch before the one before is fetched.
+        with closing(map_ahead(_rows, begun, threads=1, ahead=2 if encoder.device.type == "cuda" else 1)) as fetched:
+            for rows in fetched:
+                yield from rows
+
+
+def _rows(begun: tuple[list[Prepared], Callable[[], torch.Tensor]]) -> list[CacheRow]:
+    batch, fetch = begun
+    return [
+        CacheRow(image.key, embedding, image.encoded, image.original_size, image.input_size, image.annotation)
+        for image, embedding in zip(batch, fetch().numpy(), strict=True)
+    ]
 
 
 def prepare(sample: Sample, size: int, jpeg_quality: int | str) -> Prepared | tuple[str, str]:

@@ -1,5 +1,7 @@
 """The teacher's encoder at work: at a precision, on a device, in batches that fit."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import Sam
@@ -75,6 +77,28 @@ class TeacherEncoder:
             self.batch_size = (min(self.batch_size, len(pixels) - done) + 1) // 2
             torch.cuda.empty_cache()
         return torch.cat(parts)
+
+    def begin(self, pixels: torch.Tensor, input_size: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start on a batch, as the call takes it; a GPU works on it while this returns.
+
+        Returns:
+            A function, for any thread, that waits for the embeddings: float16 (B, C, S/16, S/16) in
+            the CPU's memory. It raises `InputError` where the precision has overflowed.
+        """
+        on_gpu = self.device.type == "cuda"
+        embeddings = self(pixels, input_size).half().to("cpu", non_blocking=on_gpu)
+        copied = torch.cuda.current_stream(self.device).record_event() if on_gpu else None
+
+        def fetch() -> torch.Tensor:
+            if copied is not None:
+                copied.synchronize()
+            if not embeddings.isfinite().all():
+                raise InputError(
+                    f"{self.dtype} overflows in the teacher: take teacher.dtype=bfloat16, which has float32's range"
+                )
+            return embeddings
+
+        return fetch
 
     def _encode(self, pixels: torch.Tensor, input_size: torch.Tensor) -> torch.Tensor:
         count = len(pixels)

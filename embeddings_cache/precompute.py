@@ -1,34 +1,32 @@
 """Precompute: the teacher sees every chosen image once; its embeddings go to shards."""
 
-import json
 import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from segment_anything.modeling import Sam
 
 from embeddings_cache.embed import embedded_rows
 from embeddings_cache.encoder import TeacherEncoder
-from embeddings_cache.files import TEMPORARY, sole_user, whole_file, write_json
+from embeddings_cache.files import TEMPORARY, sole_user, write_json
 from embeddings_cache.format import CacheIdentity, CacheInfo, images_name, read_info
 from embeddings_cache.images import count_images, read_images
 from embeddings_cache.overlap import available_cores, map_ahead
 from embeddings_cache.preprocess import fingerprint
 from embeddings_cache.progress import progress_bar
 from embeddings_cache.reader import is_complete, keys_in, shard_paths
+from embeddings_cache.skipped import SkippedSamples
 from embeddings_cache.sources import Share, assign_sources, keep_key, pick_sources
 from embeddings_cache.space import check_space
 from embeddings_cache.stopping import stop_on_request
 from embeddings_cache.teacher import weights_sha256
 from embeddings_cache.writer import ShardWriter
 from students import InputError
-
-ENOUGH_TO_JUDGE = 1000
-"""Samples after which a running process may stop over `max_skipped`; before, chance decides too much."""
 
 MOST_THREADS = 8
 
@@ -120,17 +118,17 @@ def precompute(
 
         encoder = TeacherEncoder(sam, accelerator.device, identity.teacher_dtype, compiled, batch_size)
         shares = assign_sources(picked, rank, ranks, resumed=bool(done))
-        skipped = SkippedSamples(max_skipped, good=len(done) // ranks)
+        skipped = SkippedSamples(directory / "skipped.jsonl", max_skipped, good=len(done) // ranks)
         with progress_bar(
             accelerator, "precompute", "images", total=total and -(-total // ranks), initial=len(done) // ranks
         ) as progress:
-            divided = _embed(
+            divided = embed_shares(
                 shares,
                 lambda key: key not in done and keep_key(key, key_fraction),
                 encoder,
                 ShardWriter(directory, identity, rank, images_per_shard),
                 skipped,
-                preparing_threads(accelerator),
+                preparing_threads(accelerator.device),
                 progress.update,
             )
             progress.total = progress.n
@@ -145,16 +143,25 @@ def precompute(
     return finished
 
 
-def _embed(
+def embed_shares(
     shares: list[Share],
     wanted: Callable[[str], bool],
     encoder: TeacherEncoder,
     writer: ShardWriter,
-    skipped: "SkippedSamples",
+    skipped: SkippedSamples,
     threads: int,
     progress: Callable[[], object],
 ) -> dict[str, int]:
-    """One process's share of the images → shards; returns `divided` of `read_images`.
+    """One process's share of the images → shards, reading, decoding, encoder and writing all at the same time.
+
+    Args:
+        wanted: whether the image with a key is to be embedded.
+        skipped: is told of bad samples, and of the number of others.
+        threads: that decode, and as many that resize.
+        progress: called after each image.
+
+    Returns:
+        `divided` of `read_images`.
 
     Raises:
         Stopped: a signal came.
@@ -185,40 +192,6 @@ def refuse_other_cache(directory: Path, found: CacheIdentity, expected: CacheIde
         raise InputError(f"the cache at {directory} is another one: {'; '.join(differences)}. Choose another cache.dir")
 
 
-class SkippedSamples:
-    """Collects what is passed over, and stops a process that passes over too much; called with key and reason.
-
-    `good` counts the images that were not.
-    """
-
-    def __init__(self, most: float, good: int) -> None:
-        self.most = most
-        self.good = good
-        self.samples: list[tuple[str, str]] = []
-
-    def __call__(self, key: str, reason: str) -> None:
-        self.samples.append((key, reason))
-        if len(self.samples) + self.good >= ENOUGH_TO_JUDGE:
-            self.refuse_too_many()
-
-    def refuse_too_many(self) -> None:
-        """Raise `InputError` if their share is above `most` (`data.max_skipped`)."""
-        seen = len(self.samples) + self.good
-        if len(self.samples) > self.most * seen:
-            raise InputError(
-                f"{len(self.samples)} of {seen} samples are bad, more than data.max_skipped={self.most:g}"
-                + self.commonest()
-            )
-
-    def commonest(self) -> str:
-        """The commonest reason with an example, to go on a line."""
-        if not self.samples:
-            return ""
-        (reason, count), *_ = Counter(reason for _, reason in self.samples).most_common(1)
-        example = next(key for key, why in self.samples if why == reason)
-        return f"; the commonest reason ({count}×, as in {example}): {reason}"
-
-
 def refuse_differing(counts: list[dict[str, int]]) -> None:
     """Raise `InputError` where processes that divide a source have found different images in it."""
     for source in counts[0]:
@@ -229,9 +202,9 @@ def refuse_differing(counts: list[dict[str, int]]) -> None:
             )
 
 
-def preparing_threads(accelerator: Accelerator) -> int:
+def preparing_threads(device: torch.device) -> int:
     """Threads that decode and that resize pictures: a share of the cores for a GPU, one beside a teacher on the CPU."""
-    if accelerator.device.type == "cpu":
+    if device.type == "cpu":
         return 1
     return max(1, min(MOST_THREADS, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
@@ -242,9 +215,7 @@ def _finish(directory: Path, identity: CacheIdentity, skipped: SkippedSamples) -
     rows = Counter(key for shard in shards for key in keys_in(shard, identity))
     skipped.samples += [(key, "key seen before") for key, count in rows.items() if count > 1]
     skipped.good = len(rows)
-    lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in skipped.samples]
-    with whole_file(directory / "skipped.jsonl") as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
+    skipped.write()
     if not rows:
         raise InputError(f"no image could be read from {identity.data_images!r}{skipped.commonest()}")
     skipped.refuse_too_many()

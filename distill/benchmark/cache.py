@@ -52,7 +52,7 @@ def benchmark_cache(settings: CacheBenchmark) -> dict[str, Any]:
     with TemporaryDirectory(dir=settings.dir, prefix="cache-benchmark-") as directory:
         make_light_cache(Path(directory), settings.open_rows)
         rows.append(_benchmark_opening(settings, Path(directory)))
-    return {"benchmark": "cache", "settings": vars(settings), "machine": machine(torch.device("cpu")), "rows": rows}
+    return {"settings": vars(settings), "machine": machine(torch.device("cpu")), "rows": rows}
 
 
 def _benchmark_reading(settings: CacheBenchmark, directory: Path) -> list[dict[str, Any]]:
@@ -109,7 +109,7 @@ def make_cache(directory: Path, settings: CacheBenchmark) -> None:
     """A finished cache of random embeddings and noisy pictures."""
     rng = np.random.default_rng(0)
     side, cells = settings.image_size, settings.image_size // 16
-    identity = _identity((256, cells, cells), settings.dtype, side)
+    identity = made_up_identity((256, cells, cells), settings.dtype, side)
     picture = rng.integers(0, 256, (side * 2 // 3 // 8, side // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     encoded = encode_pixels(picture, 95)
     with ShardWriter(directory, identity, 0, READ_PER_SHARD) as writer:
@@ -122,7 +122,7 @@ def make_cache(directory: Path, settings: CacheBenchmark) -> None:
 
 def make_light_cache(directory: Path, rows: int) -> None:
     """A finished cache with as many keys and shards as a real one, and next to nothing in them."""
-    identity = _identity((1, 1, 1), "float16", 16)
+    identity = made_up_identity((1, 1, 1), "float16", 16)
     with ShardWriter(directory, identity, 0, ROWS_PER_SHARD) as writer:
         for _ in range(ROWS_PER_SHARD):
             writer.write(CacheRow("", np.zeros((1, 1, 1), np.float16), b"", (1, 1), (1, 1), None))
@@ -141,7 +141,8 @@ def make_light_cache(directory: Path, rows: int) -> None:
     _finish(directory, identity, rows)
 
 
-def _identity(shape: tuple[int, int, int], dtype: str, side: int) -> CacheIdentity:
+def made_up_identity(shape: tuple[int, int, int], dtype: str, side: int) -> CacheIdentity:
+    """Of a cache that nobody will train on: embeddings (C, h, w) stored as `dtype`, pictures of `side` pixels."""
     return CacheIdentity("vit_h", "0" * 64, "float32", side, shape, dtype, 95, fingerprint(), "made up", 1.0)
 
 

@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.benchmark.cache import CacheBenchmark, benchmark_cache
 from distill.benchmark.teacher import TeacherBenchmark, benchmark_teacher
 from distill.checks import nearest
-from embeddings_cache.files import write_json
+from embeddings_cache.files import read_json, write_json
 from students import InputError, first_line
 
 KINDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]], str]] = {
@@ -24,20 +24,23 @@ KINDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]], str]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Run a benchmark, print its table, write `benchmark.json`; the exit code is 2 after one line on stderr."""
+    """Run a benchmark, print its table, put it into `benchmark.json`; the exit code is 2 after one line on stderr."""
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(help_text())
         return 0
     try:
         kind, settings = parse(arguments)
+        out = Path(settings.out)
+        others = read_json(out) if out.exists() else {}
+        if not isinstance(others, dict):
+            raise InputError(f"out={out} is there, and is no benchmark.json")
         content = KINDS[kind][1](settings)
     except InputError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
     print(table(content["rows"]))
     print("\n".join(f"{key}: {value}" for key, value in content.items() if isinstance(value, int | float | str)))
-    out = Path(settings.out)
-    write_json(out, content)
+    write_json(out, {**others, kind: content})
     print(f"-> {out}")
     return 0
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from distill.benchmark.pipeline import WHOLE, pipeline_row
 from distill.benchmark.timing import Times, cost_alone, interleave, machine, synchronize
 from distill.checks import nearest
 from embeddings_cache.encoder import TEACHER_DTYPES, TeacherEncoder
@@ -35,6 +36,7 @@ class TeacherBenchmark:
     dtypes: str = "float32,bfloat16"  # of our encoder, after commas: float32, bfloat16, float16
     compile: bool = False  # also measure torch.compile
     rounds: int = 5  # passes of each, in turn
+    pipeline: int | None = None  # batches that go from JPEG to shard in a round, 0: none; default: 2, on a GPU 64
     memory: bool = True  # also measure peak memory, on a CPU in processes of their own
     device: str = "auto"  # cpu, cuda; auto: cuda where there is one
     out: str = "benchmark.json"  # where the numbers go
@@ -78,8 +80,14 @@ def benchmark_teacher(settings: TeacherBenchmark) -> dict[str, Any]:
         }
         for name in passes
     ]
-    content: dict[str, Any] = {"benchmark": "teacher", "settings": vars(settings), "machine": machine(device)}
+    content: dict[str, Any] = {"settings": vars(settings), "machine": machine(device)}
     content["rows"] = rows
+    if settings.pipeline != 0:
+        count = settings.pipeline or (64 if device.type == "cuda" else 2)
+        fastest = min(variants, key=lambda variant: times[_label(*variant)].median)
+        encoder = our_encoder(settings, device, *fastest)
+        row = pipeline_row(encoder, count * settings.batch_size, settings.rounds)
+        rows.append({"name": settings.name, "backend": f"{_label(*fastest)}, {WHOLE}", **row})
     if device.type == "cuda":
         content |= _share_of_peak(settings, times, device)
     return content
@@ -96,10 +104,14 @@ def our_pass(
     settings: TeacherBenchmark, device: torch.device, dtype: str, compiled: bool
 ) -> Callable[[], torch.Tensor]:
     """Ours, ready to encode the same batch."""
+    return partial(our_encoder(settings, device, dtype, compiled), *_batch(settings, device))
+
+
+def our_encoder(settings: TeacherBenchmark, device: torch.device, dtype: str, compiled: bool) -> TeacherEncoder:
+    """The encoder that precompute would use."""
     sam = _load(settings)
     fuse_attention(sam.image_encoder)
-    encoder = TeacherEncoder(sam, device, dtype, compiled, settings.batch_size)
-    return partial(encoder, *_batch(settings, device))
+    return TeacherEncoder(sam, device, dtype, compiled, settings.batch_size)
 
 
 def _label(dtype: str, compiled: bool) -> str:

@@ -13,6 +13,7 @@ from platform import platform, processor
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,18 @@ def interleave(subjects: Mapping[str, Callable[[], object]], rounds: int, device
     """
     names = list(subjects)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            synchronize(device)
-            started = time.perf_counter()
-            subjects[name]()
-            synchronize(device)
-            if number:
-                seconds[name].append(time.perf_counter() - started)
+    with tqdm(total=(rounds + 1) * len(names), unit=" runs", leave=False) as progress:
+        for number in range(rounds + 1):
+            turn = number % len(names)
+            for name in names[turn:] + names[:turn]:
+                progress.set_description(name)
+                synchronize(device)
+                started = time.perf_counter()
+                subjects[name]()
+                synchronize(device)
+                if number:
+                    seconds[name].append(time.perf_counter() - started)
+                progress.update()
     return {name: Times(values) for name, values in seconds.items()}
 
 

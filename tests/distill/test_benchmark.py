@@ -12,13 +12,18 @@ from embeddings_cache.reader import EmbeddingsCache
 
 def test_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "benchmark.json"
+    out.write_text('{"cache": "measured before"}')
     arguments = ["name=toy", "image_size=128", "rounds=2", "memory=false", "device=cpu", f"out={out}"]
     assert main(["teacher", *arguments]) == 0
-    content = json.loads(out.read_text())
-    baseline, exact, half = content["rows"]
+    assert json.loads(out.read_text())["cache"] == "measured before"
+    content = json.loads(out.read_text())["teacher"]
+    baseline, exact, half, pipeline = content["rows"]
+    fastest = min(exact, half, key=lambda row: row["median_ms"])
     assert [row["backend"] for row in content["rows"]] == [
-        "segment-anything, float32", "ours, float32", "ours, bfloat16",
+        "segment-anything, float32", "ours, float32", "ours, bfloat16", f"{fastest['backend']}, from JPEG to shard",
     ]  # fmt: skip
+    assert pipeline["images_per_s"] == pytest.approx(2e3 / pipeline["median_ms"], rel=0.01)
+    assert 0 < pipeline["of_encoder_alone"] < 1.5
     assert baseline["relative_error"] == 0
     assert exact["max_difference"] < 1e-4
     assert 1e-4 < half["relative_error"] < 2e-2
@@ -32,7 +37,7 @@ def test_cache(tmp_path: Path) -> None:
     out = tmp_path / "benchmark.json"
     arguments = ["rows=6", "image_size=128", "open_rows=600", "rounds=2", f"dir={tmp_path}", f"out={out}"]
     assert main(["cache", *arguments]) == 0
-    rows = json.loads(out.read_text())["rows"]
+    rows = json.loads(out.read_text())["cache"]["rows"]
     assert [(row["name"], row["backend"]) for row in rows] == [
         ("6 embeddings in random order", "np.memmap"), ("6 embeddings in random order", "cache"),
         ("6 whole rows in random order", "np.memmap"), ("6 whole rows in random order", "cache"),
@@ -77,6 +82,15 @@ def test_mistakes_are_one_line(arguments: list[str], named: str, capsys: pytest.
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("benchmark.py: ")
     assert named in line
+
+
+def test_another_file_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content, why in (("[1]", "is no benchmark.json"), ("a,b", "is not valid JSON")):
+        out = tmp_path / "mine"
+        out.write_text(content)
+        assert main(["teacher", "name=toy", f"out={out}"]) == 2
+        assert why in capsys.readouterr().err
+        assert out.read_text() == content
 
 
 def test_help_says_every_key(capsys: pytest.CaptureFixture[str]) -> None:

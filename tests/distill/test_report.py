@@ -138,7 +138,7 @@ def test_it_is_dark_where_dark_is_preferred(recipe: Recipe) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_benchmark_is_shown_and_names_are_text(recipe: Recipe, accelerator: Accelerator) -> None:
     row = {"name": "<b>ours</b>", "backend": "onnxruntime", "median_ms": 12.34, "p10_ms": 11.0, "p90_ms": 15.0}
-    (Path(recipe.run_dir) / "benchmark.json").write_text(json.dumps({"rows": [row]}))
+    (Path(recipe.run_dir) / "benchmark.json").write_text(json.dumps({"students": {"rows": [row]}}))
     assert report(recipe, accelerator)
     assert shown(page_of(recipe))["latency"] == ["<b>ours</b>\tonnxruntime\t12.3 ms\t11.0–15.0 ms"]
 
@@ -170,7 +170,7 @@ def test_exports_of_another_student_are_not_shown(recipe: Recipe, accelerator: A
 def test_a_student_from_elsewhere_has_not_the_runs_curves(
     recipe: Recipe, accelerator: Accelerator, tmp_path: Path
 ) -> None:
-    (Path(recipe.run_dir) / "benchmark.json").write_text(json.dumps({"rows": []}))
+    (Path(recipe.run_dir) / "benchmark.json").write_text(json.dumps({"students": {"rows": []}}))
     shutil.copy(Path(recipe.run_dir) / "student.safetensors", tmp_path / "other.safetensors")
     recipe.checkpoint = str(tmp_path / "other.safetensors")
     assert report(recipe, accelerator)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,16 +49,25 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(tars: Path) -> Iterator[Start]:
-    """Start the precompute stage of the quickstart on those tars, in a process group of its own."""
+    """Start the precompute stage of the quickstart on those tars, in a process group of its own.
+
+    A thread a process, as in the undisturbed run here: their number decides the order of sums, and so the last bit.
+    """
     running: list[subprocess.Popen[str]] = []
 
-    def run(directory: Path, *launcher: str, **options: object) -> subprocess.Popen[str]:
+    def run(directory: Path, *launcher: str, prepare: Callable[[], object] = int) -> subprocess.Popen[str]:
+        def begin() -> None:
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: 2 if launcher else 1])
+            prepare()
+
         command = [sys.executable, *launcher, str(ROOT / "distill.py"), "recipe=quickstart", "stage=precompute"]
         command += ["image_size=128", f"data.images={tars}", f"cache.dir={directory / 'cache'}", "data.val_images=4"]
         command += [f"run_dir={directory / 'run'}", "cache.images_per_shard=5", "teacher.batch_size=1"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes, **options)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=begin, **pipes
+        )
         running.append(process)
         return process
 
@@ -194,7 +204,7 @@ def test_a_file_that_may_not_grow_ends_in_one_line(tmp_path: Path, start: Start,
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (make_shard, make_shard))
 
-    process = start(tmp_path, preexec_fn=limit)
+    process = start(tmp_path, prepare=limit)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     last = output.splitlines()[-1]
@@ -203,6 +213,39 @@ def test_a_file_that_may_not_grow_ends_in_one_line(tmp_path: Path, start: Start,
     assert "Traceback" not in output
     assert not list((tmp_path / "cache").glob(".tmp-*"))
     assert_goes_on(start(tmp_path), tmp_path, undisturbed)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """8 MiB of their own, twice what the cache takes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root on Linux may mount a small disk")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_that_others_fill_ends_in_one_line(
+    small_disk: Path, start: Start, undisturbed: dict[str, bytes]
+) -> None:
+    process = start(small_disk)
+    wait_for_shards(small_disk, 2, process)
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space left"):
+        filler.write_bytes(bytes(8 << 20))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2, output
+    last = output.splitlines()[-1]
+    assert last.startswith(f"distill.py: cannot write to {small_disk / 'cache'}: No space left on device. ")
+    assert "Traceback" not in output
+    assert not list((small_disk / "cache").glob(".tmp-*"))
+    kept = {shard: shard.read_bytes() for shard in shard_paths(small_disk / "cache")}
+    assert len(kept) >= 2
+    filler.unlink()
+    assert_goes_on(start(small_disk), small_disk, undisturbed)
+    assert kept.items() <= {shard: shard.read_bytes() for shard in shard_paths(small_disk / "cache")}.items()
 
 
 def test_a_disk_that_is_too_small_is_seen_before_the_start(

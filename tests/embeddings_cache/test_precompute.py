@@ -15,7 +15,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from caches import SIZE, Make
-from embeddings_cache import precompute as module
+from embeddings_cache import skipped
 from embeddings_cache.encoder import TeacherEncoder
 from embeddings_cache.format import CacheIdentity
 from embeddings_cache.images import read_images
@@ -164,15 +164,17 @@ def test_bad_samples_are_recorded_up_to_a_share(tmp_path: Path, scene_tar: Path,
 def test_a_run_that_goes_wrong_early_stops_early(
     tmp_path: Path, scene_tar: Path, monkeypatch: pytest.MonkeyPatch, make: Make
 ) -> None:
-    monkeypatch.setattr(module, "ENOUGH_TO_JUDGE", 3)
+    monkeypatch.setattr(skipped, "ENOUGH_TO_JUDGE", 3)
     tar = damaged_tar(tmp_path / "bad.tar", scene_tar, broken=8)
     with pytest.raises(InputError, match="3 of 3 samples are bad"):
         make(tmp_path / "c", tar=tar, max_skipped=0.5)
+    lines = (tmp_path / "c" / "skipped.jsonl").read_text().splitlines()
+    assert ["truncated" in json.loads(line)["reason"].lower() for line in lines] == [True] * 3
     # Images that are there already count as good ones: going on must not be stricter than going through.
-    monkeypatch.setattr(module, "ENOUGH_TO_JUDGE", 1000)
+    monkeypatch.setattr(skipped, "ENOUGH_TO_JUDGE", 1000)
     make(tmp_path / "d")
     (tmp_path / "d" / "shard-00000-00002.h5").unlink()
-    monkeypatch.setattr(module, "ENOUGH_TO_JUDGE", 3)
+    monkeypatch.setattr(skipped, "ENOUGH_TO_JUDGE", 3)
     tar = damaged_tar(tmp_path / "worse.tar", scene_tar, broken=20)
     with tarfile.open(tar, "a") as target, tarfile.open(scene_tar) as source:
         for member in source.getmembers()[40:]:
