@@ -39,7 +39,9 @@ def main(arguments: list[str]) -> int:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
     print(table(content["rows"]))
-    print("\n".join(f"{key}: {value}" for key, value in content.items() if isinstance(value, int | float | str)))
+    for key, value in content.items():
+        if isinstance(value, int | float | str):
+            print(f"{key}: {value}")
     write_json(out, {**others, kind: content})
     print(f"-> {out}")
     return 0
