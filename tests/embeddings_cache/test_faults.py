@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -49,33 +49,38 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(tars: Path) -> Iterator[Start]:
-    """Start the precompute stage of the quickstart on those tars, in a process group of its own.
-
-    A thread a process, as in the undisturbed run here: their number decides the order of sums, and so the last bit.
-    """
+    """`start_precompute` on those tars; what still runs at the end is killed."""
     running: list[subprocess.Popen[str]] = []
 
-    def run(directory: Path, *launcher: str, prepare: Callable[[], object] = int) -> subprocess.Popen[str]:
-        def begin() -> None:
-            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: 2 if launcher else 1])
-            prepare()
-
-        command = [sys.executable, *launcher, str(ROOT / "distill.py"), "recipe=quickstart", "stage=precompute"]
-        command += ["image_size=128", f"data.images={tars}", f"cache.dir={directory / 'cache'}", "data.val_images=4"]
-        command += [f"run_dir={directory / 'run'}", "cache.images_per_shard=5", "teacher.batch_size=1"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=begin, **pipes
-        )
-        running.append(process)
-        return process
+    def run(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        running.append(start_precompute(tars, *arguments, **options))
+        return running[-1]
 
     yield run
     for process in running:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def start_precompute(
+    tars: Path, directory: Path, *launcher: str, prepare: Callable[[], object] = int
+) -> subprocess.Popen[str]:
+    """The precompute stage of the quickstart, in a process group of its own.
+
+    A thread a process, whatever the launcher: their number decides the order of sums, and so the last bit.
+    """
+
+    def begin() -> None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: 2 if launcher else 1])
+        prepare()
+
+    command = [sys.executable, *launcher, str(ROOT / "distill.py"), "recipe=quickstart", "stage=precompute"]
+    command += ["image_size=128", f"data.images={tars}", f"cache.dir={directory / 'cache'}", "data.val_images=4"]
+    command += [f"run_dir={directory / 'run'}", "cache.images_per_shard=5", "teacher.batch_size=1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=begin, **pipes)
 
 
 def wait_for_shards(directory: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -96,9 +101,11 @@ def assert_goes_on(process: subprocess.Popen[str], directory: Path, undisturbed:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tars: Path, make: Make) -> dict[str, bytes]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tars: Path) -> dict[str, bytes]:
     directory = tmp_path_factory.mktemp("undisturbed")
-    make(directory / "cache", tars=sorted(tars.iterdir()), batch_size=1)
+    process = start_precompute(tars, directory)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
     return contents(directory)
 
 
