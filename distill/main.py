@@ -15,6 +15,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from distill.cache_stages import run_precompute, run_verify
 from distill.evaluate.masks import evaluate_masks
+from distill.export.published import convert
 from distill.export.stage import export
 from distill.predict import predict, prompts_within, read_photograph
 from distill.recipe import STAGES, Recipe, describe_keys, list_recipes, load_recipe
@@ -28,7 +29,7 @@ from distill.run import (
     trained_student,
 )
 from distill.schema import ON_REQUEST
-from distill.train import check_batch, train
+from distill.train import check_batch, student_config, train
 from embeddings_cache.files import sole_user
 from embeddings_cache.format import read_info
 from embeddings_cache.overlap import available_cores
@@ -37,7 +38,7 @@ from embeddings_cache.sources import expand_sources, pick_sources
 from embeddings_cache.stopping import Stopped
 from embeddings_cache.teacher import check_teacher
 from embeddings_cache.verify import DamagedCache
-from students import InputError, StudentConfig, build_encoder
+from students import InputError, build_encoder
 
 USAGE = """\
 accelerate launch distill.py recipe=NAME [stage=STAGE] [key=value ...]
@@ -124,6 +125,7 @@ def run_stage(stage: str, recipe: Recipe, accelerator: Accelerator) -> None:
         "report": report,
         "predict": predict,
         "verify": run_verify,
+        "convert": convert,
     }
     noted = accelerator.is_main_process and stage in STAGES
     started = time.perf_counter()
@@ -169,7 +171,7 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
     Raises:
         InputError: something that a stage needs is missing, or does not fit.
     """
-    if {"precompute", "evaluate", "report", "predict"} & set(stages) or (
+    if {"precompute", "evaluate", "report", "predict", "convert"} & set(stages) or (
         "verify" in stages and recipe.verify.recompute
     ):
         check_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
@@ -180,12 +182,12 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
         pick_sources(expand_sources(recipe.data.images), recipe.data.fraction)
     if "train" in stages and not trained_student(recipe).exists():
         check_batch(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-        build_encoder(StudentConfig(recipe.student.name, recipe.image_size, overrides=dict(recipe.student.overrides)))
+        build_encoder(student_config(recipe))
         if "precompute" not in stages:
             open_cache(recipe)
     if "predict" in stages:
         prompts_within(recipe, read_photograph(recipe))
-    if {"evaluate", "export", "report", "predict"} & set(stages):
+    if {"evaluate", "export", "report", "predict", "convert"} & set(stages):
         if recipe.checkpoint is not None or "train" not in stages:
             chosen_student(recipe)
         if recipe.evaluate.data is not None and "evaluate" in stages:

@@ -18,7 +18,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.checks import check_recipe, nearest
 from distill.schema import IMAGES, SHAPES_THE_STUDENT, STAGES, Recipe, describe_keys, kinds
-from students import InputError, first_line
+from embeddings_cache.teacher import TEACHERS
+from students import InputError, architecture_of, first_line
 
 __all__ = ["STAGES", "Recipe", "describe_keys", "differences", "find_recipe", "list_recipes", "load_recipe", "to_yaml"]
 
@@ -44,6 +45,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
     OmegaConf.update(schema, "name", path.stem)
     config = _merge(schema, _read_yaml(path), shown)
     typed = {key: _parse(key, value) for key, value in overrides.items()}
+    if "teacher.name" not in typed and (brought := _architecture(typed.get("teacher.checkpoint"))):
+        typed["teacher.name"] = brought  # or a recipe for ViT-H would refuse mobile_sam.pt
     config = _merge(config, _nested(typed), "command line")
     try:
         recipe = OmegaConf.to_object(config)
@@ -93,6 +96,15 @@ def differences(recipe: Recipe, saved: Path) -> list[str]:
     now = OmegaConf.structured(recipe)
     pairs = ((key, OmegaConf.select(earlier, key), OmegaConf.select(now, key)) for key in SHAPES_THE_STUDENT)
     return [f"{key}: {then}, now {value}" for key, then, value in pairs if then != value]
+
+
+def _architecture(checkpoint: str | None) -> str | None:
+    """Which teacher a checkpoint holds; None where that cannot be told, which loading it will explain."""
+    try:
+        found = architecture_of(Path(checkpoint)) if checkpoint else None
+    except InputError:
+        return None
+    return found if found in TEACHERS else None
 
 
 def _recipe_of(run_dir: str | None) -> str:

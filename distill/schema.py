@@ -11,7 +11,7 @@ import yaml
 STAGES = ("precompute", "train", "evaluate", "export", "report")
 """What `stage=all` runs, in order."""
 
-ON_REQUEST = ("verify", "predict")
+ON_REQUEST = ("verify", "predict", "convert")
 """Stages that run only when they are named."""
 
 IMAGES = ("data.images", "evaluate.data")
@@ -31,15 +31,15 @@ SHAPES_THE_STUDENT = (
 @dataclass
 class StudentRecipe:
     name: str = "repvit_m2_3"  # backbone: a timm repvit_* or tiny_vit_*
-    downsample: str = "stride1"  # how the last stage stays at stride 16: stride1, as RepViT-SAM and MobileSAM do
-    pretrained: bool = False  # start from timm's ImageNet weights (downloaded)
+    downsample: str = "stride1"  # how it comes to stride 16: stride1 (RepViT-SAM, MobileSAM); fuse (EdgeSAM), cheaper
+    pretrained: Any = False  # start from ImageNet weights: true downloads timm's; or a file with them
     overrides: dict[str, Any] = field(default_factory=dict)  # backbone numbers to change: widths, depths, ...
 
 
 @dataclass
 class TeacherRecipe:
-    name: str = "vit_h"  # vit_h, vit_l, vit_b (also fine-tuned), or toy, which needs no weights
-    checkpoint: str | None = None  # weights in segment-anything's layout (.pth); not for toy
+    name: str = "vit_h"  # vit_h, vit_l, vit_b (also fine-tuned), mobile_sam, repvit_sam, edge_sam, student; or toy
+    checkpoint: str | None = None  # its weights; on the command line they say which teacher it is; none for toy
     batch_size: int | None = None  # images a teacher pass, in each process; default: as many as fit, on a CPU 1
     dtype: str = "auto"  # float32, bfloat16 or float16; auto: bfloat16 on a GPU that has it, float32 elsewhere
     compile: bool = False  # torch.compile the teacher: minutes at the start, faster from then on
@@ -107,7 +107,7 @@ class VerifyRecipe:
 @dataclass
 class Recipe:
     name: str = ""  # the recipe's name; from its file
-    stage: str = "all"  # all, or one of precompute, train, evaluate, export, report; or verify, predict
+    stage: str = "all"  # all, or one of precompute, train, evaluate, export, report; or verify, predict, convert
     seed: int = 0  # of weights and of the order of images
     image_size: int = 1024  # side of the square input in pixels
     run_dir: str = "runs/${name}"  # where results go

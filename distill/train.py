@@ -54,7 +54,9 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
     set_seed(recipe.seed)
     prefer_determinism(accelerator)
 
-    student: nn.Module = build_encoder(student_config(recipe, cache), recipe.student.pretrained)
+    student: nn.Module = build_encoder(
+        student_config(recipe, cache.info.identity.embedding_shape[0]), recipe.student.pretrained
+    )
     loss_of = weighted_loss(recipe.train.loss)
     optimizer = torch.optim.AdamW(parameter_groups(student, recipe.train.weight_decay), lr=recipe.train.lr)
     images = CachedImages(cache)
@@ -224,10 +226,10 @@ def prefer_determinism(accelerator: Accelerator) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def student_config(recipe: Recipe, cache: EmbeddingsCache) -> StudentConfig:
+def student_config(recipe: Recipe, channels: int = 256) -> StudentConfig:
     """The recipe's student, with as many channels as the teacher's embedding has."""
-    channels = cache.info.identity.embedding_shape[0]
-    return StudentConfig(recipe.student.name, recipe.image_size, channels, dict(recipe.student.overrides))
+    student = recipe.student
+    return StudentConfig(student.name, recipe.image_size, channels, dict(student.overrides), student.downsample)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

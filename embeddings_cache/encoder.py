@@ -8,21 +8,23 @@ from segment_anything.modeling import Sam
 
 from embeddings_cache.preprocess import to_encoder_input
 from embeddings_cache.vit import encode_image
-from students import InputError
+from students import InputError, StudentEncoder
 
 TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGEST_BATCH = 16
 """Images; a ViT at 1024 px fills a GPU with fewer."""
 OF_FREE_MEMORY = 0.8
+AT_PRECISION = ("blocks", "backbone", "fuse")
+"""Parts of a ViT or of a student that are nearly all of the work; the rest, norms above all, stays in float32."""
 
 
 class TeacherEncoder:
     """uint8 pixels → float32 embeddings, by a teacher's image encoder.
 
     Args:
-        sam: the teacher; its image encoder is moved to the device and its blocks are converted to the precision.
+        sam: the teacher; its image encoder is moved to the device and most of it converted to the precision.
         device: where to work.
-        dtype: of the blocks, one of `TEACHER_DTYPES`; see `resolve_dtype`.
+        dtype: of that part, one of `TEACHER_DTYPES`; see `resolve_dtype`.
         compiled: whether to use `torch.compile`: the first batch takes minutes, the rest is faster.
         batch_size: images a pass; None finds what fits. It is halved whenever memory does not suffice.
     """
@@ -37,10 +39,16 @@ class TeacherEncoder:
     ) -> None:
         self.device = device
         self.dtype: torch.dtype = getattr(torch, resolve_dtype(dtype, device))
-        self.encoder = sam.image_encoder.to(device)
-        self.encoder.blocks.to(self.dtype)
+        encoder = sam.image_encoder.to(device)
+        self.encoder, self._encode_image = encoder, encode_image
+        if isinstance(encoder, StudentEncoder):
+            self.encoder, self._encode_image = encoder.fused(), encode_with_student
+        for name, part in self.encoder.named_children():
+            if name in AT_PRECISION:
+                part.to(self.dtype)
         self.compiled = compiled
-        self._encode_image = torch.compile(encode_image, dynamic=False) if compiled else encode_image
+        if compiled:
+            self._encode_image = torch.compile(self._encode_image, dynamic=False)
         self.batch_size = batch_size or self._find_batch_size()
 
     @property
@@ -115,12 +123,17 @@ class TeacherEncoder:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         with torch.no_grad():
-            encode_image(self.encoder, torch.zeros(1, 3, side, side, device=self.device), self.dtype)
+            self._encode_image(self.encoder, torch.zeros(1, 3, side, side, device=self.device), self.dtype)
         need = torch.cuda.max_memory_allocated(self.device) - before
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self.device)
         fitting = max(1, min(LARGEST_BATCH, int(OF_FREE_MEMORY * free / need)))
         return 1 << (fitting.bit_length() - 1)
+
+
+def encode_with_student(encoder: StudentEncoder, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`encode_image` for a teacher that is a student's encoder: its neck stays in float32."""
+    return encoder.neck(encoder.features(pixels.to(dtype)).float())
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:

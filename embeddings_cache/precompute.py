@@ -44,7 +44,7 @@ def cache_identity(
     """What a cache made with these settings is identified by."""
     encoder = sam.image_encoder
     cells = encoder.img_size // 16
-    channels = sam.prompt_encoder.embed_dim
+    channels = encoder.neck[0].out_channels
     return CacheIdentity(
         teacher_name=teacher_name,
         teacher_sha256=weights_sha256(sam),

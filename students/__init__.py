@@ -1,20 +1,43 @@
 """The models: a student is a name and a few numbers."""
 
-from students.checkpoints import load_student, read_metadata, save_student
-from students.encoder import StudentConfig, StudentEncoder, build_encoder, create_student, list_students
+from students.architectures import PUBLISHED, VITS, architecture_name
+from students.checkpoints import (
+    architecture_of,
+    load_checkpoint,
+    load_student,
+    read_metadata,
+    save_published,
+    save_student,
+)
+from students.encoder import (
+    DOWNSAMPLES,
+    StudentConfig,
+    StudentEncoder,
+    build_encoder,
+    create_student,
+    list_students,
+)
 from students.errors import InputError, first_line
-from students.sam import build_student_sam
+from students.sam import build_student_sam, require_decoder
 
 __all__ = [
+    "DOWNSAMPLES",
+    "PUBLISHED",
+    "VITS",
     "InputError",
     "StudentConfig",
     "StudentEncoder",
+    "architecture_name",
+    "architecture_of",
     "build_encoder",
     "build_student_sam",
     "create_student",
     "first_line",
     "list_students",
+    "load_checkpoint",
     "load_student",
     "read_metadata",
+    "require_decoder",
+    "save_published",
     "save_student",
 ]

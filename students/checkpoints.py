@@ -1,14 +1,20 @@
-"""Students on disk: safetensors, with all it takes to build the student again in the metadata."""
+"""Checkpoints on disk: our students' safetensors, and SAMs and students as others publish them."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from segment_anything.modeling import Sam
 
+from students.architectures import known_architectures, recognise, shapes_of
 from students.encoder import StudentConfig, StudentEncoder, build_encoder, config_dict
 from students.errors import InputError, first_line
+from students.layouts import PREFIX, published_names, unused_shapes
+from students.sam import encoder_only_sam, untrained_sam
+from students.state_dicts import read_state_dict
 
 FORMAT = "sam-distill student"
 
@@ -26,13 +32,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         InputError: no such file, not safetensors, or not one of our students.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except FileNotFoundError:
-        raise InputError(f"no student at {path}") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is not a readable safetensors file: {error}") from error
+    metadata = _any_metadata(path)
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path} is not a student of ours: its metadata does not say format={FORMAT!r}")
     return metadata
@@ -57,3 +57,71 @@ def load_student(path: Path) -> StudentEncoder:
         first = str(error).splitlines()[1].strip()
         raise InputError(f"{path} does not hold the weights of a {config.name}: {first[:300]}") from error
     return student.eval()
+
+
+def load_checkpoint(path: Path) -> Sam:
+    """A `Sam` from any checkpoint that is known: segment-anything's, MobileSAM's, RepViT-SAM's, EdgeSAM's or ours.
+
+    Args:
+        path: `.pth` or `.pt` with a state dict in its publisher's layout, also of other sizes of their encoders; or
+            `student.safetensors`. Nothing in it is executed.
+
+    Returns:
+        `Sam` in eval mode on the CPU. Where the file has no prompt encoder and mask decoder, only its encoder works
+        (`encoder_only_sam`).
+
+    Raises:
+        InputError: the file is missing, damaged, holds more than tensors, or is none of these; names the tensors that
+            differ from the one that it looks most like.
+    """
+    if is_our_student(path):
+        return encoder_only_sam(load_student(path), str(path)).eval()
+    state = read_state_dict(path)
+    name, has_decoder = recognise(shapes_of(state), str(path))
+    architecture = known_architectures()[name]
+    with torch.random.fork_rng(devices=[]):  # weights that are drawn only to be replaced must not move a run's seed
+        encoder = architecture.build()
+        sam = untrained_sam(encoder) if has_decoder else encoder_only_sam(encoder, str(path))
+    encoder.load_state_dict({ours: state.pop(theirs) for ours, theirs in architecture.names.items()})
+    if has_decoder:
+        sam.load_state_dict({key: tensor for key, tensor in state.items() if not key.startswith(PREFIX)}, strict=False)
+    return sam.eval()
+
+
+def architecture_of(path: Path) -> str:
+    """What `load_checkpoint` would load, without its weights: a name of `known_architectures`, or "student".
+
+    Raises:
+        InputError: as `load_checkpoint`.
+    """
+    if is_our_student(path):
+        return "student"
+    return recognise(shapes_of(read_state_dict(path)), str(path))[0]
+
+
+def is_our_student(path: Path) -> bool:
+    """Whether a file is one that `save_student` wrote."""
+    return path.suffix == ".safetensors" and _any_metadata(path).get("format") == FORMAT
+
+
+def save_published(path: Path, student: StudentEncoder, sam: Sam) -> None:
+    """Write a student in the layout of its family's publisher, with the prompt encoder and mask decoder of a SAM.
+
+    MobileSAM's and RepViT-SAM's own code loads it, where the student is of their size. TinyViT's classifier, which
+    they keep without using it, is filled with zeros.
+    """
+    tensors = student.state_dict()
+    state = {theirs: tensors[ours] for ours, theirs in published_names(student).items()}
+    state |= {name: torch.zeros(shape) for name, shape in unused_shapes(student).items()}
+    state |= {name: tensor for name, tensor in sam.state_dict().items() if not name.startswith(PREFIX)}
+    torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+
+
+def _any_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except FileNotFoundError:
+        raise InputError(f"no student at {path}") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is not a readable safetensors file: {error}") from error

@@ -3,10 +3,12 @@
 RepViT (arXiv:2307.09283), as RepViT-SAM uses it (arXiv:2312.05760), and TinyViT (arXiv:2207.10666), as MobileSAM
 uses it (arXiv:2306.14289). Both papers turn the stride of the last downsampling convolution from 2 to 1, so that
 1024×1024 pixels become 64×64 cells, and end in the neck of SAM's own encoder (arXiv:2304.02643, appendix A).
+EdgeSAM (arXiv:2312.06660, section 3.1) leaves that stride, and adds the last two stages up instead.
 """
 
 import inspect
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -16,13 +18,19 @@ from timm.models.repvit import RepVit
 from timm.models.tiny_vit import TinyVit
 from timm.utils import reparameterize_model
 from torch import nn
+from torch.nn.functional import interpolate
 
 from students.errors import InputError, first_line
+from students.state_dicts import read_state_dict
 
 STRIDE = 16
 """Image pixels per embedding cell, along each side; what SAM's prompt encoder and decoder expect."""
 
 FAMILIES = {"repvit": RepVit, "tiny_vit": TinyVit}
+STEMS = {"repvit": "stem", "tiny_vit": "patch_embed"}
+
+DOWNSAMPLES = ("stride1", "fuse")
+"""stride1: the last downsampling has stride 1. fuse: the last stage is at stride 32, and added to the one before."""
 
 NUMBERS = {
     "repvit": {"widths": "embed_dim", "depths": "depth"},
@@ -42,6 +50,7 @@ class StudentConfig:
     image_size: int = 1024
     embed_dim: int = 256
     overrides: dict[str, Any] = field(default_factory=dict)
+    downsample: str = "stride1"
 
 
 class StudentEncoder(nn.Module):
@@ -56,7 +65,11 @@ class StudentEncoder(nn.Module):
         self.img_size = config.image_size
         self.embed_dim = config.embed_dim
         self.backbone = backbone
-        channels, out = int(backbone.num_features), config.embed_dim  # type: ignore[arg-type]
+        middle, last = (info["num_chs"] for info in backbone.feature_info[-2:])  # type: ignore[index]
+        channels, out = last, config.embed_dim
+        if config.downsample == "fuse":
+            channels = out
+            self.fuse = StageFusion(middle, last, out)
         self.neck = nn.Sequential(
             nn.Conv2d(channels, out, kernel_size=1, bias=False),
             LayerNorm2d(out),
@@ -66,7 +79,17 @@ class StudentEncoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised, padded images (B, 3, S, S) → image embeddings (B, embed_dim, S/16, S/16)."""
-        return self.neck(self.backbone.forward_features(x))  # type: ignore[operator]
+        return self.neck(self.features(x))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """What the neck is given: (B, 3, S, S) → (B, C, S/16, S/16)."""
+        if self.config.downsample == "stride1":
+            return self.backbone.forward_features(x)  # type: ignore[operator]
+        x = self.backbone.get_submodule(STEMS[_family(self.config.name)])(x)
+        *before, last = self.backbone.get_submodule("stages").children()
+        for stage in before:
+            x = stage(x)
+        return self.fuse(x, last(x))
 
     def fused(self) -> "StudentEncoder":
         """A copy for inference, in eval mode: parallel branches and batch norms folded into single convolutions.
@@ -80,6 +103,19 @@ class StudentEncoder(nn.Module):
         return copy
 
 
+class StageFusion(nn.Module):
+    """The last two stages, brought to one width by 1×1 convolutions, the last one enlarged, and added (EdgeSAM)."""
+
+    def __init__(self, middle_channels: int, last_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.middle = nn.Conv2d(middle_channels, out_channels, kernel_size=1, bias=False)
+        self.last = nn.Conv2d(last_channels, out_channels, kernel_size=1, bias=False)
+
+    def forward(self, middle: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+        """(B, C₁, h, w) and (B, C₂, h/2, w/2) → (B, out_channels, h, w)."""
+        return self.middle(middle) + interpolate(self.last(last), scale_factor=2, mode="bicubic")
+
+
 def list_students() -> list[str]:
     """Names that `create_student` takes: every timm `repvit_*` and `tiny_vit_*`, and `tiny_vit_5m` for `..._224`."""
     names = timm.list_models([f"{family}_*" for family in FAMILIES])
@@ -87,7 +123,12 @@ def list_students() -> list[str]:
 
 
 def create_student(
-    name: str, image_size: int = 1024, embed_dim: int = 256, pretrained: bool = False, **overrides: Any
+    name: str,
+    image_size: int = 1024,
+    embed_dim: int = 256,
+    pretrained: bool | str | Path = False,
+    downsample: str = "stride1",
+    **overrides: Any,
 ) -> StudentEncoder:
     """Build a student encoder.
 
@@ -95,7 +136,9 @@ def create_student(
         name: one of `list_students()`.
         image_size: side S of the square input, in pixels; a multiple of 64.
         embed_dim: channels of the embedding, those of the teacher's (256 in every published SAM).
-        pretrained: start the backbone from timm's ImageNet weights (downloaded, or from timm's cache).
+        pretrained: start the backbone from timm's ImageNet weights: True downloads them, or takes timm's cache; a path
+            names a file with them (safetensors, or a state dict).
+        downsample: how the embedding comes to stride 16, one of `DOWNSAMPLES`.
         overrides: the backbone's numbers to change: `widths` and `depths`, a value a stage, or any other argument
             of timm's model (`window_sizes`, `drop_path_rate`, ...).
 
@@ -106,17 +149,19 @@ def create_student(
         InputError: unknown name, an image size that does not fit, an override that the backbone does not know, or
             pretrained weights that cannot be had.
     """
-    return build_encoder(StudentConfig(name, image_size, embed_dim, overrides), pretrained)
+    return build_encoder(StudentConfig(name, image_size, embed_dim, overrides, downsample), pretrained)
 
 
-def build_encoder(config: StudentConfig, pretrained: bool = False) -> StudentEncoder:
+def build_encoder(config: StudentConfig, pretrained: bool | str | Path = False) -> StudentEncoder:
     """`create_student` from a stored config."""
     known = list_students()
     if config.name not in known:
         raise InputError(f"unknown student {config.name!r}; known: {', '.join(known)}")
     if config.image_size % 64 or config.image_size <= 0:
         raise InputError(f"image_size {config.image_size} of student {config.name!r} is not a multiple of 64")
-    return StudentEncoder(_stride16_backbone(config, pretrained), config)
+    if config.downsample not in DOWNSAMPLES:
+        raise InputError(f"unknown downsample {config.downsample!r}; known: {', '.join(DOWNSAMPLES)}")
+    return StudentEncoder(_backbone(config, pretrained), config)
 
 
 def config_dict(encoder: StudentEncoder) -> dict[str, Any]:
@@ -124,29 +169,37 @@ def config_dict(encoder: StudentEncoder) -> dict[str, Any]:
     return asdict(encoder.config)
 
 
-def _stride16_backbone(config: StudentConfig, pretrained: bool) -> nn.Module:
+def _backbone(config: StudentConfig, pretrained: bool | str | Path) -> nn.Module:
     timm_name = config.name if config.name in timm.list_models() else f"{config.name}_224"
+    downloaded = pretrained is True
     try:
-        backbone = timm.create_model(timm_name, pretrained=pretrained, num_classes=0, **_timm_arguments(config))
+        backbone = timm.create_model(timm_name, pretrained=downloaded, num_classes=0, **_timm_arguments(config))
     except OSError as error:
-        if not pretrained:
+        if not downloaded:
             raise
         raise InputError(f"ImageNet weights of {timm_name!r} cannot be had: {first_line(error)}") from error
     except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:
         raise InputError(f"student {config.name!r} does not take these overrides: {first_line(error)}") from error
+    if not isinstance(pretrained, bool):
+        _load_backbone(backbone, Path(pretrained), timm_name)
     if backbone.feature_info[-1]["reduction"] != 2 * STRIDE:
         raise InputError(f"student {config.name!r} needs four stages, not {len(backbone.stages)}")
     # The classifier is not used; TinyViT's keeps a norm even without classes, which DDP would report as unused.
     backbone.head = nn.Identity()
-    last_stage = backbone.stages[-1].modules()
-    (downsample,) = (m for m in last_stage if isinstance(m, nn.Conv2d) and m.stride == (2, 2))
-    downsample.stride = (1, 1)
+    before, last = backbone.stages[-2:]
+    if config.downsample == "stride1":
+        (downsample,) = (m for m in last.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2))
+        downsample.stride = (1, 1)
+    elif isinstance(backbone, RepVit):
+        # The last block at stride 16, which timm counts among the next stage, is what EdgeSAM fuses.
+        before.blocks.append(last.downsample.pre_block)
+        last.downsample.pre_block = nn.Identity()
     return backbone
 
 
 def _timm_arguments(config: StudentConfig) -> dict[str, Any]:
     """Overrides as timm's model takes them; only the model's own numbers, for they may come from a stranger's file."""
-    family = next(family for family in FAMILIES if config.name.startswith(family))
+    family = _family(config.name)
     known = set(inspect.signature(FAMILIES[family]).parameters) - NOT_OURS
     arguments = {}
     for key, value in config.overrides.items():
@@ -157,3 +210,22 @@ def _timm_arguments(config: StudentConfig) -> dict[str, Any]:
         # timm's models take tuples; YAML and JSON give lists.
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return arguments
+
+
+def _load_backbone(backbone: nn.Module, path: Path, name: str) -> None:
+    """Fill a backbone, before it is changed, with the weights of timm's model; its classifier is left out."""
+    state = {key: tensor for key, tensor in read_state_dict(path).items() if not key.startswith("head.")}
+    wanted = {key: tensor.shape for key, tensor in backbone.state_dict().items() if not key.startswith("head.")}
+    if {key: tensor.shape for key, tensor in state.items()} != wanted:
+        differing = sorted(
+            key for key in state.keys() | wanted if key not in state or wanted.get(key) != state[key].shape
+        )
+        raise InputError(
+            f"{path} does not hold timm's weights of {name}: {len(differing)} tensors are missing, surplus or of "
+            f"another shape, {differing[0][:100]} the first"
+        )
+    backbone.load_state_dict(state, strict=False)
+
+
+def _family(name: str) -> str:
+    return next(family for family in FAMILIES if name.startswith(family))

@@ -1,7 +1,56 @@
 """A whole SAM around a student encoder."""
 
-from segment_anything.modeling import Sam
+from typing import Any
+
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
+
+from students.errors import InputError
+
+
+def untrained_sam(encoder: nn.Module, image_size: int = 1024, embed_dim: int = 256) -> Sam:
+    """A `Sam` whose prompt encoder and mask decoder have the published sizes, and weights that are drawn."""
+    cells = image_size // 16
+    return Sam(
+        image_encoder=encoder,
+        prompt_encoder=PromptEncoder(embed_dim, (cells, cells), (image_size, image_size), mask_in_chans=16),
+        mask_decoder=MaskDecoder(
+            transformer_dim=embed_dim,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=embed_dim, num_heads=8, mlp_dim=2048),
+            num_multimask_outputs=3,
+            iou_head_depth=3,
+            iou_head_hidden_dim=256,
+        ),
+    )
+
+
+def encoder_only_sam(encoder: nn.Module, origin: str) -> Sam:
+    """A `Sam` that makes embeddings, for a checkpoint without prompt encoder and mask decoder.
+
+    Whoever asks it for masks gets an `InputError` that names `origin`.
+    """
+    missing = MissingPart(origin)
+    return Sam(encoder, missing, missing)
+
+
+def require_decoder(sam: Sam) -> None:
+    """Raise `InputError` where a `Sam` is `encoder_only_sam`'s."""
+    if isinstance(sam.prompt_encoder, MissingPart):
+        sam.prompt_encoder()
+
+
+class MissingPart(nn.Module):
+    """Stands where a checkpoint has nothing."""
+
+    def __init__(self, origin: str) -> None:
+        super().__init__()
+        self.origin = origin
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        raise InputError(
+            f"{self.origin} holds an image encoder alone; build_student_sam(sam.image_encoder, another_sam) "
+            "gives it another SAM's prompt encoder and mask decoder"
+        )
 
 
 def build_student_sam(encoder: nn.Module, teacher_sam: Sam) -> Sam:
@@ -15,8 +64,10 @@ def build_student_sam(encoder: nn.Module, teacher_sam: Sam) -> Sam:
         A `Sam` in eval mode, for `SamPredictor` and `SamAutomaticMaskGenerator`.
 
     Raises:
+        InputError: the teacher is an encoder alone.
         ValueError: the encoder's image size or channels are not those that the teacher's prompt encoder works with.
     """
+    require_decoder(teacher_sam)
     size = teacher_sam.prompt_encoder.input_image_size[0]
     if encoder.img_size != size:
         raise ValueError(f"the encoder works at {encoder.img_size} px, the teacher's prompt encoder at {size} px")

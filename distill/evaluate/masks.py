@@ -39,7 +39,7 @@ from embeddings_cache.progress import progress_bar
 from embeddings_cache.sources import assign_sources, expand_sources, pick_sources
 from embeddings_cache.tars import Skipped
 from embeddings_cache.teacher import load_teacher, weights_sha256
-from students import InputError, build_student_sam, first_line, load_student
+from students import InputError, build_student_sam, first_line, load_student, require_decoder
 
 PROMPTS_A_PASS = 32
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
@@ -131,6 +131,7 @@ def load_sams(recipe: Recipe, device: torch.device) -> tuple[Sam, Sam]:
     """
     student = load_student(chosen_student(recipe))
     teacher = load_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size).to(device)
+    require_decoder(teacher)
     if (student.img_size, student.config.embed_dim) != (recipe.image_size, teacher.prompt_encoder.embed_dim):
         raise InputError(
             f"{chosen_student(recipe)} makes {student.config.embed_dim} channels of {student.img_size} px images; "

@@ -14,7 +14,7 @@ from distill.recipe import Recipe
 from embeddings_cache.codec import CacheRow
 from embeddings_cache.reader import EmbeddingsCache
 from embeddings_cache.teacher import load_teacher
-from students import InputError, build_student_sam
+from students import InputError, build_student_sam, require_decoder
 
 WATCHED_MASKS, WATCHED_GRID = 8, 3
 """Prompts of each kind an image; side of the grid where there is no annotation."""
@@ -36,6 +36,7 @@ class MaskWatch:
         teacher, missing = None, ""
         try:
             teacher = load_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
+            require_decoder(teacher)
         except InputError as error:
             missing = str(error)
         if any(reasons := gather_object([missing])):

@@ -7,10 +7,11 @@ import torch
 from segment_anything import SamPredictor, sam_model_registry
 
 from embeddings_cache.encoder import TeacherEncoder
-from embeddings_cache.preprocess import pad_pixels, resize_longest_side
+from embeddings_cache.precompute import cache_identity
+from embeddings_cache.preprocess import pad_pixels, resize_longest_side, to_encoder_input
 from embeddings_cache.scenes import generate_scene
 from embeddings_cache.teacher import check_teacher, load_teacher, weights_sha256
-from students import InputError
+from students import InputError, create_student, save_student
 
 
 def test_toy_teacher_is_the_same_every_time_and_leaves_the_seed_alone() -> None:
@@ -71,8 +72,34 @@ def test_checkpoints_in_segment_anythings_layout_load(
 
 def test_another_architectures_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save(load_teacher("toy", None, 128).state_dict(), tmp_path / "toy.pth")
-    with pytest.raises(InputError, match="does not hold the weights of a vit_b: Missing key"):
+    with pytest.raises(InputError, match=r"toy\.pth looks most like vit_b, but: 100 missing \(.*; 20 surplus"):
         load_teacher("vit_b", str(tmp_path / "toy.pth"), 1024)
+
+
+def test_a_checkpoint_of_another_name_is_refused(vit_b_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save(vit_b_state, tmp_path / "sam.pth")
+    with pytest.raises(InputError, match=r"sam\.pth holds a vit_b, not a vit_h: teacher\.name=vit_b takes it"):
+        load_teacher("vit_h", str(tmp_path / "sam.pth"), 1024)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "largest"), [("tiny_vit_5m", "float32", 1e-5), ("repvit_m1", "bfloat16", 0.05)]
+)
+def test_a_student_teaches(name: str, dtype: str, largest: float, tmp_path: Path) -> None:
+    """Fused, and at a precision: also one whose embedding comes from two stages."""
+    student = create_student(name, 128, 64, downsample="fuse").eval()
+    save_student(tmp_path / "student.safetensors", student, {})
+    sam = load_teacher("student", str(tmp_path / "student.safetensors"), 128)
+    assert cache_identity(
+        sam, "student", teacher_dtype=dtype, dtype="float16", jpeg_quality=95, images="x", fraction=1.0
+    ).embedding_shape == (64, 8, 8)
+    pixels, sizes = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8), torch.tensor([[128, 128]] * 2)
+    found = TeacherEncoder(sam, torch.device("cpu"), dtype)(pixels, sizes)
+    with torch.no_grad():
+        expected = student(to_encoder_input(pixels, sizes))
+    assert (found - expected).norm() / expected.norm() < largest
+    with pytest.raises(InputError, match=r"student\.safetensors works at image_size=128, not 256"):
+        load_teacher("student", str(tmp_path / "student.safetensors"), 256)
 
 
 class Bomb:

@@ -1,9 +1,13 @@
+import copy
+from pathlib import Path
+
 import pytest
+import timm
 import torch
 from segment_anything.modeling.common import LayerNorm2d
 from torch import nn
 
-from students import InputError, StudentEncoder, create_student, list_students
+from students import DOWNSAMPLES, InputError, StudentEncoder, create_student, list_students
 
 TINY_REPVIT = {"widths": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 
@@ -20,11 +24,63 @@ def randomize_norms(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("downsample", DOWNSAMPLES)
 @pytest.mark.parametrize("name", list_students())
-def test_every_student_has_one_cell_every_16_pixels(name: str) -> None:
-    student = create_student(name, image_size=128).eval()
+def test_every_student_has_one_cell_every_16_pixels(name: str, downsample: str) -> None:
+    student = create_student(name, image_size=128, downsample=downsample).eval()
     with torch.no_grad():
         assert student(torch.randn(1, 3, 128, 128)).shape == (1, 256, 8, 8)
+        assert student(torch.randn(1, 3, 192, 192)).shape == (1, 256, 12, 12)  # no multiple of a window
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "downsample"), [("repvit_m0_9", "stride1"), ("tiny_vit_5m", "fuse")])
+@torch.no_grad()
+def test_half_precision_and_channels_last(name: str, downsample: str, dtype: torch.dtype, seeded: None) -> None:
+    student = randomize_norms(create_student(name, image_size=128, downsample=downsample)).eval()
+    image = torch.randn(2, 3, 128, 128)
+    expected = student(image)
+    laid_out = copy.deepcopy(student).to(memory_format=torch.channels_last)
+    found = laid_out(image.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    halved = laid_out.to(dtype)(image.to(dtype, memory_format=torch.channels_last))
+    assert halved.dtype == dtype
+    assert (halved.float() - expected).norm() / expected.norm() < 0.05
+
+
+@pytest.mark.parametrize("downsample", DOWNSAMPLES)
+@pytest.mark.parametrize(
+    "name", ["repvit_m0_9", "repvit_m1", "repvit_m2_3", "tiny_vit_5m", "tiny_vit_11m", "tiny_vit_21m"]
+)
+@torch.no_grad()
+def test_torch_export_takes_every_student(name: str, downsample: str) -> None:
+    student = create_student(name, image_size=128, downsample=downsample).fused()
+    image = torch.randn(1, 3, 128, 128)
+    exported = torch.export.export(student, (image,)).run_decompositions({})
+    torch.testing.assert_close(exported.module()(image), student(image), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "downsample"), [("repvit_m0_9", "stride1"), ("tiny_vit_5m", "fuse")])
+@torch.no_grad()
+def test_torch_compile_sees_one_graph(name: str, downsample: str) -> None:
+    torch.compiler.reset()
+    student = create_student(name, image_size=128, downsample=downsample).eval()
+    image = torch.randn(1, 3, 128, 128)
+    compiled = torch.compile(student, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(image), student(image), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["repvit_m0_9", "tiny_vit_5m"])
+@pytest.mark.parametrize("downsample", DOWNSAMPLES)
+def test_imagenet_weights_from_a_file(name: str, downsample: str, tmp_path: Path) -> None:
+    published = timm.create_model(name if name.startswith("rep") else f"{name}_224")
+    torch.save(published.state_dict(), tmp_path / "imagenet.pth")
+    student = create_student(name, 128, pretrained=tmp_path / "imagenet.pth", downsample=downsample)
+    ours = [tensor for tensor in student.backbone.state_dict().values() if tensor.ndim == 4]
+    known = [tensor for tensor in published.state_dict().values() if tensor.ndim == 4]
+    assert all(any(a.shape == b.shape and torch.equal(a, b) for b in known) for a in ours)
+    with pytest.raises(InputError, match=r"imagenet\.pth does not hold timm's weights of repvit_m1_1: \d+ tensors"):
+        create_student("repvit_m1_1", 128, pretrained=tmp_path / "imagenet.pth")
 
 
 def test_the_list_has_all_of_timms_and_the_papers_short_names() -> None:
@@ -42,9 +98,10 @@ def test_repvit_m2_3_has_the_parameters_of_repvit_sams_encoder() -> None:
     assert sum(p.numel() for p in create_student("repvit_m2_3").parameters()) == 23_158_920
 
 
+@pytest.mark.parametrize("downsample", DOWNSAMPLES)
 @pytest.mark.parametrize("name", ["repvit_m0_9", "repvit_m1", "repvit_m2_3", "tiny_vit_5m"])
-def test_fusing_keeps_the_outputs(name: str, seeded: None) -> None:
-    student = randomize_norms(create_student(name, image_size=128)).eval()
+def test_fusing_keeps_the_outputs(name: str, downsample: str, seeded: None) -> None:
+    student = randomize_norms(create_student(name, image_size=128, downsample=downsample)).eval()
     before = {key: value.clone() for key, value in student.state_dict().items()}
     fused = student.fused()
     image = torch.randn(2, 3, 128, 128)
@@ -69,10 +126,11 @@ def test_neck_is_sams() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("downsample", DOWNSAMPLES)
 @pytest.mark.parametrize("name", ["repvit_m1_1", "tiny_vit_5m"])
-def test_gradients_reach_every_parameter(name: str) -> None:
+def test_gradients_reach_every_parameter(name: str, downsample: str) -> None:
     # DistributedDataParallel stops at parameters without one.
-    student = create_student(name, image_size=64)
+    student = create_student(name, image_size=64, downsample=downsample)
     student(torch.randn(2, 3, 64, 64)).square().mean().backward()
     assert [n for n, p in student.named_parameters() if p.grad is None] == []
 
@@ -83,6 +141,7 @@ def test_gradients_reach_every_parameter(name: str) -> None:
         ({"name": "repvit_m9"}, "unknown student 'repvit_m9'"),
         ({"name": "resnet50"}, "unknown student"),
         ({"name": "repvit_m0_9", "image_size": 1000}, "not a multiple of 64"),
+        ({"name": "repvit_m0_9", "downsample": "stride2"}, "unknown downsample 'stride2'; known: stride1, fuse"),
         ({"name": "repvit_m0_9", "colour": "red"}, "has no 'colour' to override; it has .*depths.*widths"),
         ({"name": "repvit_m0_9", "checkpoint_path": "x.pth"}, "has no 'checkpoint_path'"),
         ({"name": "repvit_m0_9", "features_only": True}, "has no 'features_only'"),

@@ -1,0 +1,125 @@
+"""Which SAM a state dict is: told by the names and shapes of its tensors."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+from segment_anything import sam_model_registry
+from segment_anything.modeling import Sam
+from torch import nn
+
+from students.encoder import DOWNSAMPLES, StudentConfig, build_encoder, list_students
+from students.errors import InputError
+from students.layouts import PREFIX, published_names, unused_shapes
+from students.sam import untrained_sam
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+VITS = ("vit_h", "vit_l", "vit_b")
+PUBLISHED = {
+    "mobile_sam": StudentConfig("tiny_vit_5m"),
+    "repvit_sam": StudentConfig("repvit_m2_3"),
+    "edge_sam": StudentConfig("repvit_m1", downsample="fuse"),
+}
+"""Students that their authors have released, and the names that their checkpoints go by."""
+
+NAMED_AT_MOST = 3
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An image encoder, and how checkpoints name it.
+
+    Attributes:
+        build: makes the encoder, with weights that are drawn.
+        names: the encoder's name of each tensor → the checkpoint's; shapes: of all that a checkpoint has of it.
+    """
+
+    build: Callable[[], nn.Module]
+    names: Mapping[str, str]
+    shapes: Shapes
+
+
+def architecture_name(config: StudentConfig) -> str:
+    """What a student at 1024 px goes by: its publisher's name where there is one, or its own."""
+    own = config.name + ("-fuse" if config.downsample == "fuse" else "")
+    return next((name for name, published in PUBLISHED.items() if published == config), own)
+
+
+@cache
+def known_architectures() -> dict[str, Architecture]:
+    """By name: segment-anything's encoders, the published students, and every other size of theirs."""
+    known = {name: _vit(name) for name in VITS}
+    sizes = [name for name in list_students() if not name.endswith("_224")]
+    others = [StudentConfig(name, downsample=way) for name in sizes for way in DOWNSAMPLES]
+    return known | {architecture_name(config): _student(config) for config in (*PUBLISHED.values(), *others)}
+
+
+def recognise(shapes: Shapes, origin: str) -> tuple[str, bool]:
+    """The architecture whose tensors these are, and whether prompt encoder and mask decoder are among them.
+
+    Raises:
+        InputError: none; names what is missing, surplus or of another shape in the one that it looks most like.
+    """
+    decoder = _decoder_shapes()
+    beside = {name: shape for name, shape in shapes.items() if not name.startswith(PREFIX)}
+    for name, architecture in known_architectures().items():
+        if architecture.shapes == {key: shape for key, shape in shapes.items() if key.startswith(PREFIX)}:
+            if beside in ({}, decoder):
+                return name, bool(beside)
+            raise InputError(_differences(name, {**architecture.shapes, **decoder}, shapes, origin))
+    name, expected = max(
+        ((name, {**known.shapes, **decoder}) for name, known in known_architectures().items()),
+        key=lambda item: sum(shapes.get(key) == shape for key, shape in item[1].items()) / len(item[1].keys() | shapes),
+    )
+    raise InputError(_differences(name, expected, shapes, origin))
+
+
+def shapes_of(state: Mapping[str, torch.Tensor]) -> Shapes:
+    """Name → shape."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _differences(name: str, expected: Shapes, found: Shapes, origin: str) -> str:
+    missing, surplus = sorted(expected.keys() - found), sorted(found.keys() - expected)
+    other = [key for key in sorted(expected.keys() & found) if expected[key] != found[key]]
+    if len(missing) == len(expected):
+        return f"{origin} holds no SAM that is known: {_named(surplus, 'tensors')}"
+    parts = [_named(missing, "missing"), _named(surplus, "surplus")]
+    parts += [f"{key} is {list(found[key])}, not {list(expected[key])}" for key in other[:NAMED_AT_MOST]]
+    if len(other) > NAMED_AT_MOST:
+        parts.append(f"{len(other) - NAMED_AT_MOST} more of another shape")
+    return f"{origin} looks most like {name}, but: " + "; ".join(filter(None, parts))
+
+
+def _named(keys: list[str], what: str) -> str:
+    shown = ", ".join(key[:100] for key in keys[:NAMED_AT_MOST])
+    return f"{len(keys)} {what} ({shown}{', ...' if len(keys) > NAMED_AT_MOST else ''})" if keys else ""
+
+
+def _vit(name: str) -> Architecture:
+    with torch.device("meta"):
+        encoder = sam_model_registry[name]().image_encoder
+    names = {key: PREFIX + key for key in encoder.state_dict()}
+    return Architecture(lambda: sam_model_registry[name]().image_encoder, names, _renamed_shapes(encoder, names))
+
+
+def _student(config: StudentConfig) -> Architecture:
+    with torch.device("meta"):
+        student = build_encoder(config)
+    names = published_names(student)
+    return Architecture(
+        partial(build_encoder, config), names, {**_renamed_shapes(student, names), **unused_shapes(student)}
+    )
+
+
+def _renamed_shapes(encoder: nn.Module, names: Mapping[str, str]) -> Shapes:
+    return {names[key]: shape for key, shape in shapes_of(encoder.state_dict()).items()}
+
+
+@cache
+def _decoder_shapes() -> Shapes:
+    with torch.device("meta"):
+        sam: Sam = untrained_sam(nn.Identity())
+    return shapes_of(sam.state_dict())

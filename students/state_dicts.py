@@ -1,0 +1,60 @@
+"""Reading names and tensors out of files from strangers: nothing in them is executed or unpacked beyond its size."""
+
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from students.errors import InputError, first_line
+
+SLACK = 1 << 20
+"""Bytes by which the members of a checkpoint may exceed the file: PyTorch stores them without compression."""
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, on the CPU and not read before they are used, where the format allows.
+
+    Args:
+        path: safetensors, or what `torch.save` wrote: a state dict, bare or under `model` or `state_dict`, with or
+            without DDP's `module.` prefix.
+
+    Raises:
+        InputError: no such file, not a checkpoint, or one that holds more than tensors.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is not a readable safetensors file: {first_line(error)}") from error
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        _refuse_bomb(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # of many kinds; torch's advice to load without weights_only is not ours to repeat
+        kind = type(error).__name__
+        raise InputError(f"{path} is not a checkpoint, or holds more than tensors: not loaded ({kind})") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items()
+    ):
+        raise InputError(f"{path} holds no state dict (names and tensors), but a {type(content).__name__}")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _refuse_bomb(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise InputError(f"{path} is not a checkpoint: {first_line(error)}") from error
+    if unpacked > path.stat().st_size + SLACK:
+        raise InputError(
+            f"{path} is compressed, as no checkpoint is: {unpacked:,} bytes in {path.stat().st_size:,}; not loaded"
+        )
