@@ -7,6 +7,7 @@ EdgeSAM (arXiv:2312.06660, section 3.1) leaves that stride, and adds the last tw
 """
 
 import inspect
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,11 +97,10 @@ class StudentEncoder(nn.Module):
 
         RepViT's structural re-parameterisation (arXiv:2307.09283, section 3.1); equal outputs up to rounding.
         """
-        copy = build_encoder(self.config)
-        copy.load_state_dict(self.state_dict())
-        copy.to(next(self.parameters()).device).eval()
-        copy.backbone = reparameterize_model(copy.backbone, inplace=True)
-        return copy
+        dtype = next(self.parameters()).dtype
+        fused = deepcopy(self).float().eval()  # timm folds in float32
+        fused.backbone = reparameterize_model(fused.backbone, inplace=True)
+        return fused.to(dtype)
 
 
 class StageFusion(nn.Module):

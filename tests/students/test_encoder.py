@@ -9,6 +9,7 @@ from torch import nn
 
 from students import DOWNSAMPLES, InputError, StudentEncoder, create_student, list_students
 
+QUICK = (("repvit_m0_9", "stride1"), ("repvit_m1", "fuse"), ("tiny_vit_5m", "stride1"), ("tiny_vit_5m", "fuse"))
 TINY_REPVIT = {"widths": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 
 
@@ -48,9 +49,13 @@ def test_half_precision_and_channels_last(name: str, downsample: str, dtype: tor
     assert (halved.float() - expected).norm() / expected.norm() < 0.05
 
 
-@pytest.mark.parametrize("downsample", DOWNSAMPLES)
 @pytest.mark.parametrize(
-    "name", ["repvit_m0_9", "repvit_m1", "repvit_m2_3", "tiny_vit_5m", "tiny_vit_11m", "tiny_vit_21m"]
+    ("name", "downsample"),
+    [
+        pytest.param(name, downsample, marks=() if (name, downsample) in QUICK else pytest.mark.slow)
+        for name in list_students()
+        for downsample in DOWNSAMPLES
+    ],
 )
 @torch.no_grad()
 def test_torch_export_takes_every_student(name: str, downsample: str) -> None:
