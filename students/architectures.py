@@ -47,13 +47,32 @@ def architecture_name(config: StudentConfig) -> str:
     return next((name for name, published in PUBLISHED.items() if published == config), own)
 
 
+def known_architectures() -> list[str]:
+    """segment-anything's encoders, the published students, and every other size of theirs."""
+    return [*VITS, *_students()]
+
+
 @cache
-def known_architectures() -> dict[str, Architecture]:
-    """By name: segment-anything's encoders, the published students, and every other size of theirs."""
-    known = {name: _vit(name) for name in VITS}
-    sizes = [name for name in list_students() if not name.endswith("_224")]
+def architecture(name: str) -> Architecture:
+    """One of `known_architectures`."""
+    if name in VITS:
+        with torch.device("meta"):
+            encoder = sam_model_registry[name]().image_encoder
+        names = {key: PREFIX + key for key in encoder.state_dict()}
+        return Architecture(lambda: sam_model_registry[name]().image_encoder, names, _renamed_shapes(encoder, names))
+    config = _students()[name]
+    with torch.random.fork_rng(devices=[]):  # its weights are drawn for nothing; some timm cannot leave them out
+        student = build_encoder(config)
+    names = published_names(student)
+    shapes = {**_renamed_shapes(student, names), **unused_shapes(student)}
+    return Architecture(partial(build_encoder, config), names, shapes)
+
+
+@cache
+def _students() -> dict[str, StudentConfig]:
+    sizes = [name for name in list_students() if not name.endswith("_224")]  # which is a second name
     others = [StudentConfig(name, downsample=way) for name in sizes for way in DOWNSAMPLES]
-    return known | {architecture_name(config): _student(config) for config in (*PUBLISHED.values(), *others)}
+    return {architecture_name(config): config for config in (*PUBLISHED.values(), *others)}
 
 
 def recognise(shapes: Shapes, origin: str) -> tuple[str, bool]:
@@ -64,13 +83,14 @@ def recognise(shapes: Shapes, origin: str) -> tuple[str, bool]:
     """
     decoder = _decoder_shapes()
     beside = {name: shape for name, shape in shapes.items() if not name.startswith(PREFIX)}
-    for name, architecture in known_architectures().items():
-        if architecture.shapes == {key: shape for key, shape in shapes.items() if key.startswith(PREFIX)}:
+    encoder = {name: shape for name, shape in shapes.items() if name.startswith(PREFIX)}
+    for name in known_architectures():
+        if architecture(name).shapes == encoder:
             if beside in ({}, decoder):
                 return name, bool(beside)
-            raise InputError(_differences(name, {**architecture.shapes, **decoder}, shapes, origin))
+            raise InputError(_differences(name, {**encoder, **decoder}, shapes, origin))
     name, expected = max(
-        ((name, {**known.shapes, **decoder}) for name, known in known_architectures().items()),
+        ((name, {**architecture(name).shapes, **decoder}) for name in known_architectures()),
         key=lambda item: sum(shapes.get(key) == shape for key, shape in item[1].items()) / len(item[1].keys() | shapes),
     )
     raise InputError(_differences(name, expected, shapes, origin))
@@ -96,22 +116,6 @@ def _differences(name: str, expected: Shapes, found: Shapes, origin: str) -> str
 def _named(keys: list[str], what: str) -> str:
     shown = ", ".join(key[:100] for key in keys[:NAMED_AT_MOST])
     return f"{len(keys)} {what} ({shown}{', ...' if len(keys) > NAMED_AT_MOST else ''})" if keys else ""
-
-
-def _vit(name: str) -> Architecture:
-    with torch.device("meta"):
-        encoder = sam_model_registry[name]().image_encoder
-    names = {key: PREFIX + key for key in encoder.state_dict()}
-    return Architecture(lambda: sam_model_registry[name]().image_encoder, names, _renamed_shapes(encoder, names))
-
-
-def _student(config: StudentConfig) -> Architecture:
-    with torch.device("meta"):
-        student = build_encoder(config)
-    names = published_names(student)
-    return Architecture(
-        partial(build_encoder, config), names, {**_renamed_shapes(student, names), **unused_shapes(student)}
-    )
 
 
 def _renamed_shapes(encoder: nn.Module, names: Mapping[str, str]) -> Shapes:

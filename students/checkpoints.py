@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 
-from students.architectures import known_architectures, recognise, shapes_of
+from students.architectures import architecture, recognise, shapes_of
 from students.encoder import StudentConfig, StudentEncoder, build_encoder, config_dict
 from students.errors import InputError, first_line
 from students.layouts import PREFIX, published_names, unused_shapes
@@ -78,11 +78,11 @@ def load_checkpoint(path: Path) -> Sam:
         return encoder_only_sam(load_student(path), str(path)).eval()
     state = read_state_dict(path)
     name, has_decoder = recognise(shapes_of(state), str(path))
-    architecture = known_architectures()[name]
+    known = architecture(name)
     with torch.random.fork_rng(devices=[]):  # weights that are drawn only to be replaced must not move a run's seed
-        encoder = architecture.build()
+        encoder = known.build()
         sam = untrained_sam(encoder) if has_decoder else encoder_only_sam(encoder, str(path))
-    encoder.load_state_dict({ours: state.pop(theirs) for ours, theirs in architecture.names.items()})
+    encoder.load_state_dict({ours: state.pop(theirs) for ours, theirs in known.names.items()})
     if has_decoder:
         sam.load_state_dict({key: tensor for key, tensor in state.items() if not key.startswith(PREFIX)}, strict=False)
     return sam.eval()

@@ -86,11 +86,11 @@ class StudentEncoder(nn.Module):
         """What the neck is given: (B, 3, S, S) → (B, C, S/16, S/16)."""
         if self.config.downsample == "stride1":
             return self.backbone.forward_features(x)  # type: ignore[operator]
-        x = self.backbone.get_submodule(STEMS[_family(self.config.name)])(x)
-        *before, last = self.backbone.get_submodule("stages").children()
-        for stage in before:
+        stages: Any = self.backbone.stages
+        x = getattr(self.backbone, STEMS[_family(self.config.name)])(x)
+        for stage in stages[:-1]:
             x = stage(x)
-        return self.fuse(x, last(x))
+        return self.fuse(x, stages[-1](x))
 
     def fused(self) -> "StudentEncoder":
         """A copy for inference, in eval mode: parallel branches and batch norms folded into single convolutions.
