@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import timm
 import torch
 from segment_anything.modeling.common import LayerNorm2d
@@ -172,6 +173,8 @@ def config_dict(encoder: StudentEncoder) -> dict[str, Any]:
 def _backbone(config: StudentConfig, pretrained: bool | str | Path) -> nn.Module:
     timm_name = config.name if config.name in timm.list_models() else f"{config.name}_224"
     downloaded = pretrained is True
+    if downloaded:
+        _refuse_without_network(timm_name)
     try:
         backbone = timm.create_model(timm_name, pretrained=downloaded, num_classes=0, **_timm_arguments(config))
     except OSError as error:
@@ -210,6 +213,24 @@ def _timm_arguments(config: StudentConfig) -> dict[str, Any]:
         # timm's models take tuples; YAML and JSON give lists.
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return arguments
+
+
+def _refuse_without_network(timm_name: str) -> None:
+    """Say at once that weights are neither here nor to be had; the hub's own client tries for a minute, aloud."""
+    published = timm.get_pretrained_cfg(timm_name)
+    repository = published.hf_hub_id if published else None
+    if repository is None:
+        raise InputError(f"timm has no ImageNet weights of {timm_name!r}")
+    names = ("model.safetensors", "pytorch_model.bin")
+    if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str) for name in names):
+        return
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception as error:  # requests' or httpx's, as the client's version has it
+        raise InputError(
+            f"ImageNet weights of {timm_name!r} cannot be had: {huggingface_hub.constants.ENDPOINT} does not answer "
+            f"({first_line(error)}); student.pretrained=FILE takes a local file"
+        ) from error
 
 
 def _load_backbone(backbone: nn.Module, path: Path, name: str) -> None:

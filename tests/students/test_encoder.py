@@ -1,4 +1,7 @@
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import nn
 
 from students import DOWNSAMPLES, InputError, StudentEncoder, create_student, list_students
+from support import ROOT
 
 QUICK = (("repvit_m0_9", "stride1"), ("repvit_m1", "fuse"), ("tiny_vit_5m", "stride1"), ("tiny_vit_5m", "fuse"))
 TINY_REPVIT = {"widths": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
@@ -73,6 +77,19 @@ def test_torch_compile_sees_one_graph(name: str, downsample: str) -> None:
     image = torch.randn(1, 3, 128, 128)
     compiled = torch.compile(student, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(image), student(image), atol=1e-5, rtol=0)
+
+
+def test_without_a_network_imagenet_weights_are_refused_at_once(tmp_path: Path) -> None:
+    code = "from students import InputError, create_student\n"
+    code += (
+        "try:\n    create_student('repvit_m0_9', 128, pretrained=True)\nexcept InputError as error:\n    print(error)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 40}
+    result = subprocess.run([sys.executable, "-c", code], check=True, **options)
+    (line,) = result.stdout.splitlines()
+    assert line.startswith("ImageNet weights of 'repvit_m0_9' cannot be had: http://127.0.0.1:9 does not answer")
+    assert "Retrying" not in result.stderr
 
 
 @pytest.mark.parametrize("name", ["repvit_m0_9", "tiny_vit_5m"])
