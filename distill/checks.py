@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -12,14 +11,14 @@ from distill.schema import IMAGES, ON_REQUEST, STAGES, Recipe, numbers
 from embeddings_cache.encoder import TEACHER_DTYPES
 from embeddings_cache.format import DTYPES
 from embeddings_cache.scenes import scene_count
-from embeddings_cache.teacher import TEACHERS
+from embeddings_cache.teacher import known_teachers
 from students import DOWNSAMPLES, InputError, list_students
 
 CHOICES: dict[str, Callable[[], Sequence[str]]] = {
     "stage": lambda: ("all", *STAGES, *ON_REQUEST),
     "student.name": list_students,
     "student.downsample": lambda: DOWNSAMPLES,
-    "teacher.name": lambda: TEACHERS,
+    "teacher.name": known_teachers,
     "teacher.dtype": lambda: TEACHER_DTYPES,
     "cache.dtype": lambda: DTYPES,
     "train.mixed_precision": lambda: ("no", "bf16", "fp16"),
@@ -69,8 +68,8 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
     if batch % accumulate:
         refuse("train.batch_size", batch, f" does not divide by train.accumulate={accumulate}")
     pretrained = recipe.student.pretrained
-    if not isinstance(pretrained, bool) and not (isinstance(pretrained, str) and Path(pretrained).is_file()):
-        refuse("student.pretrained", pretrained, " is neither true, false, nor a file")
+    if not isinstance(pretrained, bool | str):
+        refuse("student.pretrained", pretrained, " is neither true, false, nor the path of a file")
     quality = recipe.cache.jpeg_quality
     if quality != "png" and (type(quality) is not int or not 1 <= quality <= 100):
         refuse("cache.jpeg_quality", quality, " is neither 1-100 nor png")

@@ -38,7 +38,7 @@ from embeddings_cache.sources import expand_sources, pick_sources
 from embeddings_cache.stopping import Stopped
 from embeddings_cache.teacher import check_teacher
 from embeddings_cache.verify import DamagedCache
-from students import InputError, build_encoder
+from students import InputError, build_encoder, identify
 
 USAGE = """\
 accelerate launch distill.py recipe=NAME [stage=STAGE] [key=value ...]
@@ -175,6 +175,12 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
         "verify" in stages and recipe.verify.recompute
     ):
         check_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
+    asked = {"evaluate", "report", "predict", "convert"} & set(stages)
+    if asked and recipe.teacher.checkpoint and not identify(Path(recipe.teacher.checkpoint))[1]:
+        raise InputError(
+            f"{recipe.teacher.checkpoint} holds an image encoder alone: it can teach (stage=precompute, train, "
+            "export), but masks need a decoder"
+        )
     info = read_info(Path(recipe.cache.dir))
     if info is not None and info.complete and {"precompute", "train"} & set(stages):
         refuse_other_settings(recipe, info.identity)
@@ -182,7 +188,8 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
         pick_sources(expand_sources(recipe.data.images), recipe.data.fraction)
     if "train" in stages and not trained_student(recipe).exists():
         check_batch(recipe, int(os.environ.get("WORLD_SIZE", "1")))
-        build_encoder(student_config(recipe))
+        pretrained = recipe.student.pretrained
+        build_encoder(student_config(recipe), pretrained if isinstance(pretrained, str) else False)
         if "precompute" not in stages:
             open_cache(recipe)
     if "predict" in stages:

@@ -13,14 +13,13 @@ from segment_anything.modeling import Sam
 from distill.evaluate.masks import load_sams
 from distill.pictures import draw_prompts, overlay
 from distill.recipe import Recipe
-from distill.run import chosen_student
+from distill.run import other_teacher
 from distill.schema import PredictRecipe, numbers
 from embeddings_cache.annotations import bounding_box, encode_rle
 from embeddings_cache.files import whole_file, write_json
 from embeddings_cache.images import decode_image, reason_of
 from embeddings_cache.preprocess import resize_longest_side
-from embeddings_cache.teacher import weights_sha256
-from students import InputError, read_metadata
+from students import InputError
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,8 @@ def predict(recipe: Recipe, accelerator: Accelerator) -> bool:
     image = read_photograph(recipe)
     points, box = prompts_within(recipe, image)
     teacher, student_sam = load_sams(recipe, accelerator.device)
-    learnt_from = read_metadata(chosen_student(recipe)).get("teacher_sha256")
-    if learnt_from not in (None, weights_sha256(teacher)):
-        accelerator.print(
-            f"predict: the student learnt from other weights than this {recipe.teacher.name}'s: masks may be poor"
-        )
+    if line := other_teacher(recipe, teacher):
+        accelerator.print(f"predict: {line}")
     if accelerator.is_main_process:
         prompted = points is not None or box is not None
         found = (

@@ -18,7 +18,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.checks import check_recipe, nearest
 from distill.schema import IMAGES, SHAPES_THE_STUDENT, STAGES, Recipe, describe_keys, kinds
-from embeddings_cache.teacher import TEACHERS
 from students import InputError, architecture_of, first_line
 
 __all__ = ["STAGES", "Recipe", "describe_keys", "differences", "find_recipe", "list_recipes", "load_recipe", "to_yaml"]
@@ -101,10 +100,9 @@ def differences(recipe: Recipe, saved: Path) -> list[str]:
 def _architecture(checkpoint: str | None) -> str | None:
     """Which teacher a checkpoint holds; None where that cannot be told, which loading it will explain."""
     try:
-        found = architecture_of(Path(checkpoint)) if checkpoint else None
+        return architecture_of(Path(checkpoint)) if checkpoint else None
     except InputError:
         return None
-    return found if found in TEACHERS else None
 
 
 def _recipe_of(run_dir: str | None) -> str:

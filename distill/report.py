@@ -77,7 +77,7 @@ def collect(recipe: Recipe, scores: dict[str, Any], manifest: Path) -> dict[str,
         "evaluation": {name: scores[name] for name in ("images", "embedding", "miou")},
         "size_limits_px": {size: [low, high if high < float("inf") else None] for size, (low, high) in SIZES.items()},
         "export": exported["files"],
-        "benchmark": measured.get("students"),
+        "benchmark": measured.get("students") if isinstance(measured, dict) else None,
     }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from segment_anything.modeling import Sam
 
 from distill.recipe import Recipe, differences, to_yaml
 from embeddings_cache.files import read_json, whole_file, write_json
@@ -13,7 +14,8 @@ from embeddings_cache.format import CacheIdentity, identity_of, images_name
 from embeddings_cache.precompute import refuse_other_cache
 from embeddings_cache.preprocess import fingerprint
 from embeddings_cache.reader import EmbeddingsCache
-from students import InputError
+from embeddings_cache.teacher import weights_sha256
+from students import InputError, read_metadata
 
 
 def claim_run_dir(recipe: Recipe) -> None:
@@ -65,6 +67,14 @@ def chosen_student(recipe: Recipe) -> Path:
         hint = "" if recipe.checkpoint else ": run stage=train first"
         raise InputError(f"no student at {path}{hint}")
     return path
+
+
+def other_teacher(recipe: Recipe, teacher: Sam) -> str | None:
+    """A line for whoever uses the chosen student with a teacher's decoder that is not the one that it learnt for."""
+    learnt_from = read_metadata(chosen_student(recipe)).get("teacher_sha256")
+    if learnt_from in (None, weights_sha256(teacher)):
+        return None
+    return f"the student learnt from other weights than this {recipe.teacher.name}'s: masks may be poor"
 
 
 def open_cache(recipe: Recipe) -> EmbeddingsCache:

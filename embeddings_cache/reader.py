@@ -85,7 +85,7 @@ class EmbeddingsCache(Sequence[CacheRow]):
     def _naming_damage(self, shard: int, row: int) -> Iterator[None]:
         try:
             yield
-        except (OSError, KeyError, RuntimeError) as error:
+        except (OSError, LookupError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{self.shards[shard]} is damaged in row {row}: {damage_of(error)}. stage=verify finds all damage"
             ) from error

@@ -9,13 +9,14 @@ from torch import nn
 
 from embeddings_cache.toy_teacher import load_toy_teacher
 from embeddings_cache.vit import fuse_attention
-from students import PUBLISHED, VITS, InputError, architecture_of, load_checkpoint
-
-TEACHERS = (*VITS, *PUBLISHED, "student", "toy")
-"""vit_*: segment-anything's three. mobile_sam, repvit_sam, edge_sam: students as published. student: one of ours, which
-makes embeddings but has no decoder. toy: comes with the package. All but the last with a checkpoint."""
+from students import InputError, architecture_of, known_architectures, load_checkpoint
 
 SAM_IMAGE_SIZE = 1024
+
+
+def known_teachers() -> list[str]:
+    """All that a checkpoint may hold; `student`, one of ours, which has no decoder; and `toy`, without checkpoint."""
+    return [*known_architectures(), "student", "toy"]
 
 
 def check_teacher(name: str, checkpoint: str | None, image_size: int) -> None:
@@ -42,7 +43,7 @@ def load_teacher(name: str, checkpoint: str | None, image_size: int) -> Sam:
     """Build a teacher and load its weights.
 
     Args:
-        name: one of `TEACHERS`; a fine-tuned SAM goes by the name of its architecture.
+        name: one of `known_teachers()`; a fine-tuned SAM goes by the name of its architecture.
         checkpoint: anything that `load_checkpoint` loads.
         image_size: side of the square input in pixels.
 

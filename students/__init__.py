@@ -1,8 +1,9 @@
 """The models: a student is a name and a few numbers."""
 
-from students.architectures import PUBLISHED, VITS, architecture_name
+from students.architectures import PUBLISHED, VITS, architecture_name, known_architectures
 from students.checkpoints import (
     architecture_of,
+    identify,
     load_checkpoint,
     load_student,
     read_metadata,
@@ -33,6 +34,8 @@ __all__ = [
     "build_student_sam",
     "create_student",
     "first_line",
+    "identify",
+    "known_architectures",
     "list_students",
     "load_checkpoint",
     "load_student",

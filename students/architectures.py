@@ -1,7 +1,7 @@
 """Which SAM a state dict is: told by the names and shapes of its tensors."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import torch
@@ -43,6 +43,7 @@ class Architecture:
 
 def architecture_name(config: StudentConfig) -> str:
     """What a student at 1024 px goes by: its publisher's name where there is one, or its own."""
+    config = replace(config, name=config.name.removesuffix("_224"))  # which is a second name
     own = config.name + ("-fuse" if config.downsample == "fuse" else "")
     return next((name for name, published in PUBLISHED.items() if published == config), own)
 
@@ -70,9 +71,13 @@ def architecture(name: str) -> Architecture:
 
 @cache
 def _students() -> dict[str, StudentConfig]:
-    sizes = [name for name in list_students() if not name.endswith("_224")]  # which is a second name
-    others = [StudentConfig(name, downsample=way) for name in sizes for way in DOWNSAMPLES]
-    return {architecture_name(config): config for config in (*PUBLISHED.values(), *others)}
+    return {architecture_name(config): config for config in (*PUBLISHED.values(), *every_student())}
+
+
+def every_student() -> list[StudentConfig]:
+    """Every size and way of downsampling, at 1024 px."""
+    names = [name for name in list_students() if not name.endswith("_224")]
+    return [StudentConfig(name, downsample=way) for name in names for way in DOWNSAMPLES]
 
 
 def recognise(shapes: Shapes, origin: str) -> tuple[str, bool]:
@@ -114,7 +119,7 @@ def _differences(name: str, expected: Shapes, found: Shapes, origin: str) -> str
 
 
 def _named(keys: list[str], what: str) -> str:
-    shown = ", ".join(key[:100] for key in keys[:NAMED_AT_MOST])
+    shown = ", ".join(key.encode("unicode_escape").decode()[:100] for key in keys[:NAMED_AT_MOST])
     return f"{len(keys)} {what} ({shown}{', ...' if len(keys) > NAMED_AT_MOST else ''})" if keys else ""
 
 

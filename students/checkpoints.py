@@ -17,6 +17,7 @@ from students.sam import encoder_only_sam, untrained_sam
 from students.state_dicts import read_state_dict
 
 FORMAT = "sam-distill student"
+KINDS = {"name": str, "image_size": int, "embed_dim": int, "overrides": dict, "downsample": str}
 
 
 def save_student(path: Path, student: StudentEncoder, metadata: Mapping[str, str]) -> None:
@@ -46,9 +47,15 @@ def load_student(path: Path) -> StudentEncoder:
     """
     try:
         config = StudentConfig(**json.loads(read_metadata(path)["student"]))
+        for key, kind in KINDS.items():
+            if not isinstance(getattr(config, key), kind):
+                raise TypeError(f"{key} is {getattr(config, key)!r}")
+        if config.embed_dim < 1:
+            raise ValueError(f"embed_dim is {config.embed_dim}")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} does not say what student it holds: {first_line(error)}") from error
-    student = build_encoder(config)
+    with torch.random.fork_rng(devices=[]):  # weights that are drawn only to be replaced must not move a run's seed
+        student = build_encoder(config)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     try:
@@ -79,7 +86,7 @@ def load_checkpoint(path: Path) -> Sam:
     state = read_state_dict(path)
     name, has_decoder = recognise(shapes_of(state), str(path))
     known = architecture(name)
-    with torch.random.fork_rng(devices=[]):  # weights that are drawn only to be replaced must not move a run's seed
+    with torch.random.fork_rng(devices=[]):
         encoder = known.build()
         sam = untrained_sam(encoder) if has_decoder else encoder_only_sam(encoder, str(path))
     encoder.load_state_dict({ours: state.pop(theirs) for ours, theirs in known.names.items()})
@@ -94,9 +101,14 @@ def architecture_of(path: Path) -> str:
     Raises:
         InputError: as `load_checkpoint`.
     """
+    return identify(path)[0]
+
+
+def identify(path: Path) -> tuple[str, bool]:
+    """`architecture_of`, and whether the file has prompt encoder and mask decoder."""
     if is_our_student(path):
-        return "student"
-    return recognise(shapes_of(read_state_dict(path)), str(path))[0]
+        return "student", False
+    return recognise(shapes_of(read_state_dict(path)), str(path))
 
 
 def is_our_student(path: Path) -> bool:

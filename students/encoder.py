@@ -72,6 +72,7 @@ class StudentEncoder(nn.Module):
         if config.downsample == "fuse":
             channels = out
             self.fuse = StageFusion(middle, last, out)
+        self.register_load_state_dict_post_hook(_forget_biases)
         self.neck = nn.Sequential(
             nn.Conv2d(channels, out, kernel_size=1, bias=False),
             LayerNorm2d(out),
@@ -98,10 +99,12 @@ class StudentEncoder(nn.Module):
 
         RepViT's structural re-parameterisation (arXiv:2307.09283, section 3.1); equal outputs up to rounding.
         """
-        dtype = next(self.parameters()).dtype
-        fused = deepcopy(self).float().eval()  # timm folds in float32
+        kept = next(self.parameters())
+        _forget_biases(self)
+        # timm folds in float32, and TinyViT's convolutions on the CPU.
+        fused = deepcopy(self).to("meta" if kept.is_meta else "cpu", torch.float32).eval()
         fused.backbone = reparameterize_model(fused.backbone, inplace=True)
-        return fused.to(dtype)
+        return fused.to(kept.device, kept.dtype)
 
 
 class StageFusion(nn.Module):
@@ -246,6 +249,13 @@ def _load_backbone(backbone: nn.Module, path: Path, name: str) -> None:
             f"another shape, {differing[0][:100]} the first"
         )
     backbone.load_state_dict(state, strict=False)
+
+
+def _forget_biases(student: nn.Module, *_: Any) -> None:
+    """TinyViT keeps the attention biases that it last looked up; other weights have others."""
+    for module in student.modules():
+        if hasattr(module, "attention_bias_cache"):
+            vars(module)["attention_bias_cache"] = {}
 
 
 def _family(name: str) -> str:

@@ -8,8 +8,8 @@ from segment_anything.modeling import Sam
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from students.architectures import PUBLISHED, VITS, architecture_name
-from students.encoder import DOWNSAMPLES, StudentConfig, build_encoder, list_students
+from students.architectures import PUBLISHED, VITS, architecture_name, every_student
+from students.encoder import build_encoder
 from students.sam import untrained_sam
 
 SIDE = 1024
@@ -21,9 +21,8 @@ def students_table() -> str:
         "| encoder | downsample | parameters | fused | GMACs fused | embedding | published as |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    sizes = [name for name in list_students() if not name.endswith("_224")]  # which is a second name
     with torch.device("meta"), torch.no_grad():
-        for config in (StudentConfig(name, downsample=way) for name in sizes for way in DOWNSAMPLES):
+        for config in every_student():
             student = build_encoder(config)
             fused = student.fused().requires_grad_(False)
             published = architecture_name(config)

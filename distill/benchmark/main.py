@@ -66,7 +66,12 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(overrides))
     except OmegaConfBaseException as error:
         raise InputError(first_line(error)) from error
-    return kind, OmegaConf.to_object(merged)
+    settings = OmegaConf.to_object(merged)
+    for key, value in vars(settings).items():
+        least = 0 if key == "pipeline" else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            raise InputError(f"{key}={value} is less than {least}")
+    return kind, settings
 
 
 def help_text() -> str:

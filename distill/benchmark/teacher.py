@@ -3,11 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from segment_anything import sam_model_registry
-from segment_anything.modeling import Sam
+from segment_anything.modeling import ImageEncoderViT, Sam
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -17,10 +18,10 @@ from distill.benchmark.timing import Times, cost_alone, interleave, machine, syn
 from distill.checks import nearest
 from embeddings_cache.encoder import TEACHER_DTYPES, TeacherEncoder
 from embeddings_cache.preprocess import to_encoder_input
-from embeddings_cache.teacher import TEACHERS, load_teacher
+from embeddings_cache.teacher import known_teachers
 from embeddings_cache.toy_teacher import load_toy_teacher
 from embeddings_cache.vit import fuse_attention
-from students import InputError
+from students import VITS, InputError, architecture_of, load_checkpoint
 
 BASELINE = "segment-anything, float32"
 MATRIX = 8192
@@ -29,8 +30,8 @@ MATRIX = 8192
 
 @dataclass
 class TeacherBenchmark:
-    name: str = "vit_b"  # vit_h, vit_l, vit_b or toy
-    checkpoint: str | None = None  # its weights; default: random ones, with relative positions that are not zero
+    name: str = "vit_b"  # vit_h, vit_l, vit_b or toy, with random weights (and positions that are not zero)
+    checkpoint: str | None = None  # or any teacher's weights, which say what it is
     image_size: int = 1024  # side of the square input in pixels
     batch_size: int = 1  # images a pass
     dtypes: str = "float32,bfloat16"  # of our encoder, after commas: float32, bfloat16, float16
@@ -49,8 +50,11 @@ def benchmark_teacher(settings: TeacherBenchmark) -> dict[str, Any]:
         InputError: a setting that makes no sense.
     """
     dtypes = settings.dtypes.split(",")
+    if settings.checkpoint is not None:
+        settings.name = architecture_of(Path(settings.checkpoint))
+        settings.image_size = load_sam(settings).image_encoder.img_size
     for key, values, known in (
-        ("name", [settings.name], TEACHERS),
+        ("name", [settings.name], (*VITS, "toy") if settings.checkpoint is None else known_teachers()),
         ("dtypes", dtypes, TEACHER_DTYPES),
         ("device", [settings.device], ("auto", "cpu", "cuda")),
     ):
@@ -95,7 +99,7 @@ def benchmark_teacher(settings: TeacherBenchmark) -> dict[str, Any]:
 
 def baseline_pass(settings: TeacherBenchmark, device: torch.device) -> Callable[[], torch.Tensor]:
     """segment-anything's own encoder, ready to encode a batch."""
-    encoder = _load(settings).image_encoder.to(device)
+    encoder = load_sam(settings).image_encoder.to(device)
     inputs = to_encoder_input(*_batch(settings, device))
     return torch.no_grad()(lambda: encoder(inputs))
 
@@ -109,8 +113,9 @@ def our_pass(
 
 def our_encoder(settings: TeacherBenchmark, device: torch.device, dtype: str, compiled: bool) -> TeacherEncoder:
     """The encoder that precompute would use."""
-    sam = _load(settings)
-    fuse_attention(sam.image_encoder)
+    sam = load_sam(settings)
+    if isinstance(sam.image_encoder, ImageEncoderViT):
+        fuse_attention(sam.image_encoder)
     return TeacherEncoder(sam, device, dtype, compiled, settings.batch_size)
 
 
@@ -118,9 +123,10 @@ def _label(dtype: str, compiled: bool) -> str:
     return f"ours, {dtype}{', compiled' if compiled else ''}"
 
 
-def _load(settings: TeacherBenchmark) -> Sam:
+def load_sam(settings: TeacherBenchmark) -> Sam:
+    """The teacher as its authors compute it."""
     if settings.checkpoint is not None:
-        return load_teacher(settings.name, settings.checkpoint, settings.image_size)
+        return load_checkpoint(Path(settings.checkpoint)).requires_grad_(False)
     torch.manual_seed(0)
     sam = load_toy_teacher(settings.image_size) if settings.name == "toy" else sam_model_registry[settings.name]()
     for name, parameter in sam.image_encoder.named_parameters():
@@ -170,7 +176,7 @@ def _share_of_peak(settings: TeacherBenchmark, times: dict[str, Times], device: 
     left, right = (torch.randn(MATRIX, MATRIX, device=device, dtype=torch.bfloat16) for _ in range(2))
     product = interleave({"product": lambda: [left @ right for _ in range(10)]}, 5, device)["product"]
     rate = 10 * 2 * MATRIX**3 / product.median
-    sam = _load(settings)
+    sam = load_sam(settings)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         side = settings.image_size
         sam.image_encoder.to(device)(torch.zeros(1, 3, side, side, device=device))

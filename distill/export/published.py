@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from distill.evaluate.masks import load_sams
 from distill.recipe import Recipe
-from distill.run import chosen_student
+from distill.run import chosen_student, other_teacher
 from embeddings_cache.files import whole_file
 from students import (
     InputError,
@@ -39,6 +39,8 @@ def convert(recipe: Recipe, accelerator: Accelerator) -> bool:
                 f"{config.image_size} px, {config.embed_dim} channels, overrides {config.overrides}"
             )
         teacher, _ = load_sams(recipe, torch.device("cpu"))
+        if line := other_teacher(recipe, teacher):
+            accelerator.print(f"convert: {line}")
         written = Path(recipe.run_dir) / "export" / f"{architecture_name(config)}.pt"
         with whole_file(written) as temporary:
             save_published(temporary, student, teacher)

@@ -3,11 +3,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from segment_anything import sam_model_registry
+from segment_anything.modeling.image_encoder import Block
 
 from distill.benchmark.cache import CacheBenchmark, make_cache, map_plainly, whole_row
 from distill.benchmark.main import main
+from distill.benchmark.teacher import TeacherBenchmark, load_sam
 from distill.benchmark.timing import interleave
 from embeddings_cache.reader import EmbeddingsCache
+from students import create_student, save_student
 
 
 def test_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +35,19 @@ def test_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exact["speed_up"] == pytest.approx(baseline["median_ms"] / exact["median_ms"], rel=0.01)
     assert content["machine"]["torch"] == torch.__version__
     assert "ours, bfloat16" in capsys.readouterr().out
+
+
+def test_a_checkpoint_is_compared_with_its_own_code(tmp_path: Path) -> None:
+    """A ViT with segment-anything's blocks; and a student, which has none."""
+    student, sam = tmp_path / "student.safetensors", tmp_path / "vit_b.pth"
+    torch.save(sam_model_registry["vit_b"]().state_dict(), sam)
+    assert type(load_sam(TeacherBenchmark(checkpoint=str(sam))).image_encoder.blocks[0]) is Block
+    save_student(student, create_student("tiny_vit_5m", 128), {})
+    arguments = [f"checkpoint={student}", "rounds=1", "memory=false", "device=cpu", f"out={tmp_path / 'b.json'}"]
+    assert main(["teacher", *arguments]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["teacher"]["rows"]
+    assert {row["name"] for row in rows} == {"student"}
+    assert rows[1]["max_difference"] < 1e-4
 
 
 def test_cache(tmp_path: Path) -> None:
@@ -75,6 +92,10 @@ def test_reading_is_compared_on_the_same_bytes(tmp_path: Path) -> None:
         (["teacher", "dtypes=float32,fp16"], "dtypes=fp16 is not known; did you mean 'float16'?"),
         (["teacher", "device=gpu"], "device=gpu is not known"),
         (["cache", "dtype=int4"], "dtype=int4 is not known"),
+        (["teacher", "rounds=0"], "rounds=0 is less than 1"),
+        (["teacher", "pipeline=-1"], "pipeline=-1 is less than 0"),
+        (["teacher", "name=mobile_sam"], "name=mobile_sam is not known"),
+        (["teacher", "checkpoint=nowhere.pt"], "nowhere.pt: no such file"),
     ],
 )
 def test_mistakes_are_one_line(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,9 @@ from distill.recipe import load_recipe
 from embeddings_cache.format import read_info
 from embeddings_cache.reader import EmbeddingsCache
 from embeddings_cache.scenes import write_scene_tar
+from embeddings_cache.teacher import load_teacher
 from published import read_peer, weights_by_rule
-from students import create_student, load_checkpoint, save_student
+from students import create_student, load_checkpoint, save_published, save_student
 from students.sam import untrained_sam
 
 
@@ -49,6 +50,25 @@ def test_a_name_on_the_command_line_counts_for_more(mobile_sam: Path) -> None:
     assert load_recipe(["recipe=repvit_m2_3", "teacher.checkpoint=nowhere.pth"]).teacher.name == "vit_h"
 
 
+def test_a_wrong_file_of_imagenet_weights_is_seen_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imagenet = tmp_path / "imagenet.pth"
+    arguments = ["recipe=quickstart", f"student.pretrained={imagenet}", f"run_dir={tmp_path / 'run'}"]
+    assert main([*arguments, f"cache.dir={tmp_path / 'cache'}"]) == 2
+    assert "imagenet.pth: no such file" in capsys.readouterr().err
+    imagenet.write_text("words")
+    assert main([*arguments, f"cache.dir={tmp_path / 'cache'}"]) == 2
+    assert "imagenet.pth is not a checkpoint" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [imagenet]
+
+
+def test_other_sizes_teach(tmp_path: Path) -> None:
+    save_published(tmp_path / "s.pt", create_student("repvit_m0_9"), untrained_sam(torch.nn.Identity()))
+    assert load_recipe(["recipe=repvit_m2_3", f"teacher.checkpoint={tmp_path / 's.pt'}"]).teacher.name == "repvit_m0_9"
+    assert load_teacher("repvit_m0_9", str(tmp_path / "s.pt"), 1024).image_encoder.config.name == "repvit_m0_9"
+
+
 def test_convert(mobile_sam: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     student = create_student("tiny_vit_5m")
     student(torch.randn(2, 3, 64, 64))  # moves the batch statistics away from their start
@@ -79,7 +99,11 @@ def test_a_teacher_without_decoder_makes_no_masks(
 ) -> None:
     path = tmp_path / "student.safetensors"
     save_student(path, create_student("repvit_m0_9", 128, widths=[8, 16, 24, 32], depths=[1, 1, 1, 1]), {})
-    arguments = ["recipe=quickstart", "image_size=128", f"teacher.checkpoint={path}", f"checkpoint={path}"]
+    arguments = ["recipe=quickstart", "image_size=128", f"teacher.checkpoint={path}"]
+    assert main([*arguments, f"run_dir={tmp_path / 'all'}"]) == 2
+    assert "student.safetensors holds an image encoder alone: it can teach" in capsys.readouterr().err
+    assert not (tmp_path / "all").exists()
+    arguments.append(f"checkpoint={path}")
     assert load_recipe(arguments).teacher.name == "student"
     assert main([*arguments, f"run_dir={tmp_path / 'run'}", f"evaluate.data={scene_tar}", "stage=evaluate"]) == 2
     assert "student.safetensors holds an image encoder alone" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_command_line_values(argument: str, key: str, value: object) -> None:
         (["recipe=quickstart", "stage=trian"], "command line: stage=trian is not known; did you mean 'train'?"),
         (["recipe=quickstart", "student.name=repvit_m3_2"], "student.name=repvit_m3_2 is not known; did you mean"),
         (["recipe=quickstart", "student.downsample=stride2"], "student.downsample=stride2 is not known; did you mean"),
-        (["recipe=quickstart", "student.pretrained=x.pth"], "student.pretrained=x.pth is neither true, false, nor a"),
+        (["recipe=quickstart", "student.pretrained=3"], "student.pretrained=3 is neither true, false, nor the path"),
         (["recipe=quickstart", "teacher.name=vit_x"], "teacher.name=vit_x is not known; did you mean 'vit_l'?"),
         (["recipe=quickstart", "cache.jpeg_quality=101"], "cache.jpeg_quality=101 is neither 1-100 nor png"),
         (["recipe=quickstart", "cache.jpeg_quality=true"], "cache.jpeg_quality=True is neither 1-100 nor png"),

@@ -134,6 +134,21 @@ def test_fusing_keeps_the_outputs(name: str, downsample: str, seeded: None) -> N
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
 
 
+def test_weights_that_come_later_are_looked_up_again() -> None:
+    """timm's TinyViT remembers its attention biases; an earlier forward pass must change nothing."""
+    torch.manual_seed(0)
+    students = [randomize_norms(create_student("tiny_vit_5m", image_size=128)).eval() for _ in range(2)]
+    for name, parameter in students[1].named_parameters():
+        if "attention_biases" in name:
+            nn.init.normal_(parameter)
+    image = torch.randn(1, 3, 128, 128)
+    students[0](image)
+    students[0].load_state_dict(students[1].state_dict())
+    expected = students[1](image)
+    assert torch.equal(students[0](image), expected)
+    torch.testing.assert_close(students[0].fused()(image), expected, atol=1e-4, rtol=0)
+
+
 def test_fusing_repvit_leaves_one_convolution_a_branch() -> None:
     student = create_student("repvit_m0_9", image_size=64)
     convolutions = [sum(isinstance(m, nn.Conv2d) for m in model.modules()) for model in (student, student.fused())]
