@@ -13,8 +13,7 @@ from students.encoder import DOWNSAMPLES, StudentConfig, build_encoder, list_stu
 from students.errors import InputError
 from students.layouts import PREFIX, published_names, unused_shapes
 from students.sam import untrained_sam
-
-Shapes = Mapping[str, tuple[int, ...]]
+from students.state_dicts import Shapes, differences, name_some, shapes_of
 
 VITS = ("vit_h", "vit_l", "vit_b")
 PUBLISHED = {
@@ -23,8 +22,6 @@ PUBLISHED = {
     "edge_sam": StudentConfig("repvit_m1", downsample="fuse"),
 }
 """Students that their authors have released, and the names that their checkpoints go by."""
-
-NAMED_AT_MOST = 3
 
 
 @dataclass(frozen=True)
@@ -93,34 +90,18 @@ def recognise(shapes: Shapes, origin: str) -> tuple[str, bool]:
         if architecture(name).shapes == encoder:
             if beside in ({}, decoder):
                 return name, bool(beside)
-            raise InputError(_differences(name, {**encoder, **decoder}, shapes, origin))
+            raise InputError(_unlike(name, {**encoder, **decoder}, shapes, origin))
     name, expected = max(
         ((name, {**architecture(name).shapes, **decoder}) for name in known_architectures()),
         key=lambda item: sum(shapes.get(key) == shape for key, shape in item[1].items()) / len(item[1].keys() | shapes),
     )
-    raise InputError(_differences(name, expected, shapes, origin))
+    raise InputError(_unlike(name, expected, shapes, origin))
 
 
-def shapes_of(state: Mapping[str, torch.Tensor]) -> Shapes:
-    """Name → shape."""
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _differences(name: str, expected: Shapes, found: Shapes, origin: str) -> str:
-    missing, surplus = sorted(expected.keys() - found), sorted(found.keys() - expected)
-    other = [key for key in sorted(expected.keys() & found) if expected[key] != found[key]]
-    if len(missing) == len(expected):
-        return f"{origin} holds no SAM that is known: {_named(surplus, 'tensors')}"
-    parts = [_named(missing, "missing"), _named(surplus, "surplus")]
-    parts += [f"{key} is {list(found[key])}, not {list(expected[key])}" for key in other[:NAMED_AT_MOST]]
-    if len(other) > NAMED_AT_MOST:
-        parts.append(f"{len(other) - NAMED_AT_MOST} more of another shape")
-    return f"{origin} looks most like {name}, but: " + "; ".join(filter(None, parts))
-
-
-def _named(keys: list[str], what: str) -> str:
-    shown = ", ".join(key.encode("unicode_escape").decode()[:100] for key in keys[:NAMED_AT_MOST])
-    return f"{len(keys)} {what} ({shown}{', ...' if len(keys) > NAMED_AT_MOST else ''})" if keys else ""
+def _unlike(name: str, expected: Shapes, found: Shapes, origin: str) -> str:
+    if not expected.keys() & found:
+        return f"{origin} holds no SAM that is known: {name_some(sorted(found), 'tensors')}"
+    return f"{origin} looks most like {name}, but: {differences(expected, found)}"
 
 
 def _renamed_shapes(encoder: nn.Module, names: Mapping[str, str]) -> Shapes:

@@ -9,12 +9,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 
-from students.architectures import architecture, recognise, shapes_of
+from students.architectures import architecture, recognise
 from students.encoder import StudentConfig, StudentEncoder, build_encoder, config_dict
 from students.errors import InputError, first_line
 from students.layouts import PREFIX, published_names, unused_shapes
 from students.sam import encoder_only_sam, untrained_sam
-from students.state_dicts import read_state_dict
+from students.state_dicts import differences, read_state_dict, shapes_of
 
 FORMAT = "sam-distill student"
 KINDS = {"name": str, "image_size": int, "embed_dim": int, "overrides": dict, "downsample": str}
@@ -58,11 +58,9 @@ def load_student(path: Path) -> StudentEncoder:
         student = build_encoder(config)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    try:
-        student.load_state_dict(tensors)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise InputError(f"{path} does not hold the weights of a {config.name}: {first[:300]}") from error
+    if differing := differences(shapes_of(student.state_dict()), shapes_of(tensors)):
+        raise InputError(f"{path} does not hold the weights of a {config.name}: {differing}")
+    student.load_state_dict(tensors)
     return student.eval()
 
 

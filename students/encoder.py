@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import timm
 import torch
 from segment_anything.modeling.common import LayerNorm2d
@@ -23,7 +22,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from students.errors import InputError, first_line
-from students.state_dicts import read_state_dict
+from students.imagenet import load_from_file, refuse_without_network
 
 STRIDE = 16
 """Image pixels per embedding cell, along each side; what SAM's prompt encoder and decoder expect."""
@@ -177,7 +176,7 @@ def _backbone(config: StudentConfig, pretrained: bool | str | Path) -> nn.Module
     timm_name = config.name if config.name in timm.list_models() else f"{config.name}_224"
     downloaded = pretrained is True
     if downloaded:
-        _refuse_without_network(timm_name)
+        refuse_without_network(timm_name)
     try:
         backbone = timm.create_model(timm_name, pretrained=downloaded, num_classes=0, **_timm_arguments(config))
     except OSError as error:
@@ -187,7 +186,7 @@ def _backbone(config: StudentConfig, pretrained: bool | str | Path) -> nn.Module
     except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:
         raise InputError(f"student {config.name!r} does not take these overrides: {first_line(error)}") from error
     if not isinstance(pretrained, bool):
-        _load_backbone(backbone, Path(pretrained), timm_name)
+        load_from_file(backbone, Path(pretrained), timm_name)
     if backbone.feature_info[-1]["reduction"] != 2 * STRIDE:
         raise InputError(f"student {config.name!r} needs four stages, not {len(backbone.stages)}")
     # The classifier is not used; TinyViT's keeps a norm even without classes, which DDP would report as unused.
@@ -216,39 +215,6 @@ def _timm_arguments(config: StudentConfig) -> dict[str, Any]:
         # timm's models take tuples; YAML and JSON give lists.
         arguments[name] = tuple(value) if isinstance(value, list) else value
     return arguments
-
-
-def _refuse_without_network(timm_name: str) -> None:
-    """Say at once that weights are neither here nor to be had; the hub's own client tries for a minute, aloud."""
-    published = timm.get_pretrained_cfg(timm_name)
-    repository = published.hf_hub_id if published else None
-    if repository is None:
-        raise InputError(f"timm has no ImageNet weights of {timm_name!r}")
-    names = ("model.safetensors", "pytorch_model.bin")
-    if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str) for name in names):
-        return
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
-    except Exception as error:  # requests' or httpx's, as the client's version has it
-        raise InputError(
-            f"ImageNet weights of {timm_name!r} cannot be had: {huggingface_hub.constants.ENDPOINT} does not answer "
-            f"({first_line(error)}); student.pretrained=FILE takes a local file"
-        ) from error
-
-
-def _load_backbone(backbone: nn.Module, path: Path, name: str) -> None:
-    """Fill a backbone, before it is changed, with the weights of timm's model; its classifier is left out."""
-    state = {key: tensor for key, tensor in read_state_dict(path).items() if not key.startswith("head.")}
-    wanted = {key: tensor.shape for key, tensor in backbone.state_dict().items() if not key.startswith("head.")}
-    if {key: tensor.shape for key, tensor in state.items()} != wanted:
-        differing = sorted(
-            key for key in state.keys() | wanted if key not in state or wanted.get(key) != state[key].shape
-        )
-        raise InputError(
-            f"{path} does not hold timm's weights of {name}: {len(differing)} tensors are missing, surplus or of "
-            f"another shape, {differing[0][:100]} the first"
-        )
-    backbone.load_state_dict(state, strict=False)
 
 
 def _forget_biases(student: nn.Module, *_: Any) -> None:

@@ -1,6 +1,7 @@
 """Reading names and tensors out of files from strangers: nothing in them is executed or unpacked beyond its size."""
 
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from students.errors import InputError, first_line
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+NAMED_AT_MOST = 3
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -45,6 +50,28 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if any(t.layout != torch.strided or t.is_quantized or t.is_meta or t.is_complex() for t in content.values()):
         raise InputError(f"{path} holds sparse, quantized, complex or empty tensors: no weights that are known")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def shapes_of(state: Mapping[str, torch.Tensor]) -> Shapes:
+    """Name → shape."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def differences(expected: Shapes, found: Shapes) -> str:
+    """What is missing, surplus or of another shape, a few names of each; "" where nothing is."""
+    missing, surplus = sorted(expected.keys() - found), sorted(found.keys() - expected)
+    other = [key for key in sorted(expected.keys() & found) if expected[key] != found[key]]
+    parts = [name_some(missing, "missing"), name_some(surplus, "surplus")]
+    parts += [f"{key} is {list(found[key])}, not {list(expected[key])}" for key in other[:NAMED_AT_MOST]]
+    if len(other) > NAMED_AT_MOST:
+        parts.append(f"{len(other) - NAMED_AT_MOST} more of another shape")
+    return "; ".join(filter(None, parts))
+
+
+def name_some(keys: Sequence[str], what: str) -> str:
+    """`5 missing (a, b, c, ...)`, printable whatever the names are."""
+    shown = ", ".join(key.encode("unicode_escape").decode()[:100] for key in keys[:NAMED_AT_MOST])
+    return f"{len(keys)} {what} ({shown}{', ...' if len(keys) > NAMED_AT_MOST else ''})" if keys else ""
 
 
 def _refuse_compressed(path: Path) -> None:

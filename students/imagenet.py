@@ -1,0 +1,47 @@
+"""Where a student's ImageNet weights come from: the hub, if it can be reached, or a file."""
+
+from pathlib import Path
+
+import huggingface_hub
+import timm
+from torch import nn
+
+from students.errors import InputError, first_line
+from students.state_dicts import differences, read_state_dict, shapes_of
+
+CLASSIFIER = "head."
+
+
+def refuse_without_network(timm_name: str) -> None:
+    """Say at once that weights are neither here nor to be had; the hub's own client tries for a minute, aloud.
+
+    Raises:
+        InputError: timm has none, or they are not in the hub's cache and it does not answer.
+    """
+    published = timm.get_pretrained_cfg(timm_name)
+    repository = published.hf_hub_id if published else None
+    if repository is None:
+        raise InputError(f"timm has no ImageNet weights of {timm_name!r}")
+    names = ("model.safetensors", "pytorch_model.bin")
+    if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str) for name in names):
+        return
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception as error:  # requests' or httpx's, as the client's version has it
+        raise InputError(
+            f"ImageNet weights of {timm_name!r} cannot be had: {huggingface_hub.constants.ENDPOINT} does not answer "
+            f"({first_line(error)}); student.pretrained=FILE takes a local file"
+        ) from error
+
+
+def load_from_file(backbone: nn.Module, path: Path, timm_name: str) -> None:
+    """Fill one of timm's backbones; the classifier of the file is left out.
+
+    Raises:
+        InputError: the file cannot be read, or is of another model.
+    """
+    state = {name: tensor for name, tensor in read_state_dict(path).items() if not name.startswith(CLASSIFIER)}
+    wanted = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith(CLASSIFIER)}
+    if differing := differences(shapes_of(wanted), shapes_of(state)):
+        raise InputError(f"{path} does not hold timm's weights of {timm_name}: {differing}")
+    backbone.load_state_dict(state, strict=False)
