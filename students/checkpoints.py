@@ -39,12 +39,13 @@ def read_metadata(path: Path) -> dict[str, str]:
     return metadata
 
 
-def load_student(path: Path) -> StudentEncoder:
+def load_student(path: str | Path) -> StudentEncoder:
     """Build the student that a file holds, in eval mode on the CPU.
 
     Raises:
         InputError: the file is missing, foreign or damaged.
     """
+    path = Path(path)
     try:
         config = StudentConfig(**json.loads(read_metadata(path)["student"]))
         for key, kind in KINDS.items():
@@ -64,7 +65,7 @@ def load_student(path: Path) -> StudentEncoder:
     return student.eval()
 
 
-def load_checkpoint(path: Path) -> Sam:
+def load_checkpoint(path: str | Path) -> Sam:
     """A `Sam` from any checkpoint that is known: segment-anything's, MobileSAM's, RepViT-SAM's, EdgeSAM's or ours.
 
     Args:
@@ -79,6 +80,7 @@ def load_checkpoint(path: Path) -> Sam:
         InputError: the file is missing, damaged, holds more than tensors, or is none of these; names the tensors that
             differ from the one that it looks most like.
     """
+    path = Path(path)
     if is_our_student(path):
         return encoder_only_sam(load_student(path), str(path)).eval()
     state = read_state_dict(path)
@@ -93,7 +95,7 @@ def load_checkpoint(path: Path) -> Sam:
     return sam.eval()
 
 
-def architecture_of(path: Path) -> str:
+def architecture_of(path: str | Path) -> str:
     """What `load_checkpoint` would load, without its weights: a name of `known_architectures`, or "student".
 
     Raises:
@@ -102,8 +104,9 @@ def architecture_of(path: Path) -> str:
     return identify(path)[0]
 
 
-def identify(path: Path) -> tuple[str, bool]:
+def identify(path: str | Path) -> tuple[str, bool]:
     """`architecture_of`, and whether the file has prompt encoder and mask decoder."""
+    path = Path(path)
     if is_our_student(path):
         return "student", False
     return recognise(shapes_of(read_state_dict(path)), str(path))

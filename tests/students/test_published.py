@@ -58,7 +58,7 @@ def test_segment_anythings_own_classes_take_it(decoder: dict[str, torch.Tensor],
     """EdgeSAM's layout in the predictor, with every kind of prompt, and in the mask generator with crops."""
     peer = read_peer("edge_sam")
     torch.save({**weights_by_rule(peer["layout"], peer["seed"]), **decoder}, tmp_path / "edge_sam.pth")
-    sam = load_checkpoint(tmp_path / "edge_sam.pth")
+    sam = load_checkpoint(str(tmp_path / "edge_sam.pth"))
     image = generate_scene(np.random.default_rng(5), 200)[0]
     predictor = SamPredictor(sam)
     predictor.set_image(image)
