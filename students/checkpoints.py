@@ -120,8 +120,8 @@ def is_our_student(path: Path) -> bool:
 def save_published(path: Path, student: StudentEncoder, sam: Sam) -> None:
     """Write a student in the layout of its family's publisher, with the prompt encoder and mask decoder of a SAM.
 
-    MobileSAM's and RepViT-SAM's own code loads it, where the student is of their size. TinyViT's classifier, which
-    they keep without using it, is filled with zeros.
+    Where the student is of their size, names and shapes are those of MobileSAM's, RepViT-SAM's or EdgeSAM's checkpoint.
+    TinyViT's classifier, which MobileSAM keeps without using it, is filled with zeros.
     """
     tensors = student.state_dict()
     state = {theirs: tensors[ours] for ours, theirs in published_names(student).items()}
