@@ -81,7 +81,7 @@ def recognise(shapes: Shapes, origin: str) -> tuple[str, bool]:
     """The architecture whose tensors these are, and whether prompt encoder and mask decoder are among them.
 
     Raises:
-        InputError: it is none of them; names what is missing, surplus or of another shape in the one that it looks most like.
+        InputError: it is none; names what is missing, surplus or of another shape in the one that it looks most like.
     """
     decoder = _decoder_shapes()
     beside = {name: shape for name, shape in shapes.items() if not name.startswith(PREFIX)}
