@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from omegaconf import OmegaConf
 
-from distill.schema import IMAGES, ON_REQUEST, STAGES, Recipe, numbers
+from distill.schema import BATCH_NORMS, IMAGES, LOSSES, ON_REQUEST, STAGES, Recipe, numbers
 from embeddings_cache.encoder import TEACHER_DTYPES
 from embeddings_cache.format import DTYPES
 from embeddings_cache.scenes import scene_count
@@ -22,18 +23,23 @@ CHOICES: dict[str, Callable[[], Sequence[str]]] = {
     "teacher.dtype": lambda: TEACHER_DTYPES,
     "cache.dtype": lambda: DTYPES,
     "train.mixed_precision": lambda: ("no", "bf16", "fp16"),
+    "train.batch_norm": lambda: BATCH_NORMS,
     "evaluate.task": lambda: ("masks",),
 }
-CHOICES_OF_EACH: dict[str, tuple[str, ...]] = {"export.formats": ("onnx",), "train.loss": ("mse",)}
+CHOICES_OF_EACH: dict[str, Callable[[], Sequence[str]]] = {
+    "export.formats": lambda: ("onnx",),
+    "train.trackers": lambda: sorted(LOGGER_TYPE_TO_CLASS),
+}
 
 AT_LEAST_ONE = (
     "teacher.batch_size", "data.val_images", "cache.images_per_shard", "train.batch_size",
-    "train.accumulate", "train.checkpoint_every", "train.log_every", "evaluate.masks_per_image", "evaluate.grid",
-    "predict.points_per_side",
+    "train.accumulate", "train.mask_prompts", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
+    "evaluate.masks_per_image", "evaluate.grid", "predict.points_per_side",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "train.epochs", "data.max_skipped", "train.weight_decay", "train.warmup_steps", "train.workers",
-    "train.watch_images", "verify.recompute",
+    "train.mask_rounds", "train.ema", "train.checkpoint_minutes", "train.stop_above", "train.watch_images",
+    "verify.recompute",
 )  # fmt: skip
 POSITIVE = ("data.fraction", "train.lr", "train.clip_norm")
 
@@ -50,8 +56,8 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
             refuse(key, value, " is not known" + nearest(value, choices()))
     for key, known in CHOICES_OF_EACH.items():
         for value in OmegaConf.select(config, key):
-            if value not in known:
-                refuse(key, value, " is not known" + nearest(value, known))
+            if value not in known():
+                refuse(key, value, " is not known" + nearest(value, known()))
     for keys, holds, expected in (
         (AT_LEAST_ONE, lambda v: v >= 1, " is less than 1"),
         (NOT_NEGATIVE, lambda v: v >= 0, " is negative"),
@@ -73,9 +79,22 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
     quality = recipe.cache.jpeg_quality
     if quality != "png" and (type(quality) is not int or not 1 <= quality <= 100):
         refuse("cache.jpeg_quality", quality, " is neither 1-100 nor png")
-    weights = recipe.train.loss
-    if min(weights.values(), default=0) < 0 or not any(weights.values()):
-        refuse("train.loss", weights, ": weights are not negative, and one is more than 0")
+    if recipe.train.ema >= 1:
+        refuse("train.ema", recipe.train.ema, " is not below 1")
+    if 0 < recipe.train.stop_above <= 1:
+        refuse("train.stop_above", recipe.train.stop_above, " would stop every run: say more than 1, or 0")
+    losses = [("train.loss", recipe.train.loss)]
+    for place, phase in enumerate(recipe.train.then):
+        key = f"train.then[{place}]"
+        if phase.epochs < 1:
+            refuse(f"{key}.epochs", phase.epochs, " is less than 1")
+        losses.append((f"{key}.loss", phase.loss))
+    for key, weights in losses:
+        for name in weights:
+            if name not in LOSSES:
+                refuse(key, name, " is not known" + nearest(name, LOSSES))
+        if min(weights.values(), default=0) < 0 or not any(weights.values()):
+            refuse(key, weights, ": weights are not negative, and one is more than 0")
     if not recipe.data.images:
         refuse("data.images", recipe.data.images, ": say which tars or folder to use")
     for key, images in zip(IMAGES, (recipe.data.images, recipe.evaluate.data), strict=True):

@@ -29,10 +29,12 @@ from distill.run import (
     trained_student,
 )
 from distill.schema import ON_REQUEST
-from distill.train import check_batch, student_config, train
+from distill.train import student_config, train
+from distill.training.metrics import check_trackers
+from distill.training.plan import check_batch, wants_masks
 from embeddings_cache.files import sole_user
 from embeddings_cache.format import read_info
-from embeddings_cache.overlap import available_cores
+from embeddings_cache.overlap import available_cores, processes_here
 from embeddings_cache.scenes import scene_count
 from embeddings_cache.sources import expand_sources, pick_sources
 from embeddings_cache.stopping import Stopped
@@ -146,13 +148,18 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=recipe.train.accumulate,
-        log_with="tensorboard",
+        log_with=list(recipe.train.trackers),
         project_dir=recipe.run_dir,
         # One process may wait for another's share of the teacher pass for hours; the default gives up after minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("train.mixed_precision=fp16 needs a GPU; on a CPU take bf16 or no")
+    if recipe.train.batch_norm == "sync" and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        raise InputError("train.batch_norm=sync needs GPUs: PyTorch has none for CPUs; take local or frozen")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)
+    if launched not in ("no", precision) and recipe.stage in ("all", "train"):
+        accelerator.print(f"train.mixed_precision={precision} is the recipe's; the launcher's {launched} is not used")
     return accelerator
 
 
@@ -162,7 +169,7 @@ def use_all_cores(accelerator: Accelerator) -> None:
     `accelerate launch` and `torchrun` set one thread a process unless OMP_NUM_THREADS says otherwise.
     """
     if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        torch.set_num_threads(max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, available_cores() // processes_here()))
 
 
 def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
@@ -181,6 +188,8 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
             f"{recipe.teacher.checkpoint} holds an image encoder alone: it can teach (stage=precompute, train, "
             "export), but masks need a decoder"
         )
+    if recipe.cache.per_node and stages != ("train",):
+        raise InputError("cache.per_node=true goes with stage=train alone; the other stages take a whole cache")
     info = read_info(Path(recipe.cache.dir))
     if info is not None and info.complete and {"precompute", "train"} & set(stages):
         refuse_other_settings(recipe, info.identity)
@@ -188,10 +197,13 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
         pick_sources(expand_sources(recipe.data.images), recipe.data.fraction)
     if "train" in stages and not trained_student(recipe).exists():
         check_batch(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+        check_trackers(recipe)
+        if wants_masks(recipe):
+            check_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
         pretrained = recipe.student.pretrained
         build_encoder(student_config(recipe), pretrained if isinstance(pretrained, str) else False)
         if "precompute" not in stages:
-            open_cache(recipe)
+            open_cache(recipe, partly=recipe.cache.per_node)
     if "predict" in stages:
         prompts_within(recipe, read_photograph(recipe))
     if {"evaluate", "export", "report", "predict", "convert"} & set(stages):

@@ -77,13 +77,14 @@ def other_teacher(recipe: Recipe, teacher: Sam) -> str | None:
     return f"the student learnt from other weights than this {recipe.teacher.name}'s: masks may be poor"
 
 
-def open_cache(recipe: Recipe) -> EmbeddingsCache:
-    """The recipe's cache; the teacher's weights are not compared, since training does not need them.
+def open_cache(recipe: Recipe, partly: bool = False) -> EmbeddingsCache:
+    """The recipe's cache, or with `partly` what this machine has of it; the teacher's weights are not compared, since
+    training does not need them.
 
     Raises:
         InputError: there is no finished one, or it was made with other settings.
     """
-    cache = EmbeddingsCache(Path(recipe.cache.dir))
+    cache = EmbeddingsCache(Path(recipe.cache.dir), partly)
     refuse_other_settings(recipe, cache.info.identity)
     return cache
 
@@ -101,6 +102,12 @@ def refuse_other_settings(recipe: Recipe, identity: CacheIdentity) -> None:
         data_fraction=recipe.data.fraction,
     )
     refuse_other_cache(Path(recipe.cache.dir), identity, expected)
+    cells = recipe.image_size // 16
+    if identity.embedding_shape[1:] != (cells, cells):
+        raise InputError(
+            f"the cache at {recipe.cache.dir} has embeddings of {' × '.join(map(str, identity.embedding_shape))}; "
+            f"students at {recipe.image_size} px make {cells} × {cells} cells"
+        )
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

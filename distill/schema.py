@@ -14,13 +14,20 @@ STAGES = ("precompute", "train", "evaluate", "export", "report")
 ON_REQUEST = ("verify", "predict", "convert")
 """Stages that run only when they are named."""
 
+LOSSES = ("mse", "cosine", "mask")
+"""What `train.loss` weighs; `losses.py` says what each is."""
+
+BATCH_NORMS = ("local", "sync", "frozen")
+"""What batch norms normalise by while a student is trained."""
+
 IMAGES = ("data.images", "evaluate.data")
 """Keys that name images."""
 
 SHAPES_THE_STUDENT = (
     "seed", "image_size", "student", "teacher.name", "data.images", "data.fraction", "data.val_images", "cache.dtype",
     "cache.jpeg_quality", "train.epochs", "train.batch_size", "train.accumulate", "train.lr", "train.weight_decay",
-    "train.warmup_steps", "train.clip_norm", "train.loss", "train.mixed_precision",
+    "train.warmup_steps", "train.clip_norm", "train.loss", "train.then", "train.ignore_padding", "train.mask_prompts",
+    "train.mask_rounds", "train.ema", "train.batch_norm", "train.mixed_precision", "cache.per_node",
 )  # fmt: skip
 """Keys (or sections) that decide what comes out of training; the rest says where, how fast, or what comes after."""
 
@@ -59,6 +66,13 @@ class CacheRecipe:
     dtype: str = "float16"  # how embeddings are stored: float16, or int8, which takes half as much
     images_per_shard: int = 256  # rows a shard, and so what a crash costs at most
     jpeg_quality: Any = 95  # 1-100, or png for lossless; teacher and student see the picture after this
+    per_node: bool = False  # each machine has some of the shards on a disk of its own, and trains on those
+
+
+@dataclass
+class PhaseRecipe:
+    epochs: int = 1  # passes over the training images
+    loss: dict[str, float] = field(default_factory=lambda: {"mse": 1.0})  # as train.loss
 
 
 @dataclass
@@ -70,12 +84,24 @@ class TrainRecipe:
     weight_decay: float = 0.05  # of AdamW; not for norms and biases
     warmup_steps: int = 500  # steps of linear warm-up (a tenth of the run at most), then cosine to 0
     clip_norm: float = 1.0  # gradients are clipped to this norm
-    loss: dict[str, float] = field(default_factory=lambda: {"mse": 1.0})  # weight by loss; mse: of the embeddings
+    loss: dict[str, float] = field(default_factory=lambda: {"mse": 1.0})  # weights: mse, cosine (embeddings), mask
+    then: list[PhaseRecipe] = field(default_factory=list)  # phases after it, '[{epochs: 2, loss: {mse: 1, mask: 1}}]'
+    ignore_padding: bool = False  # mse and cosine leave out the cells of an embedding that only cover padding
+    mask_prompts: int = 8  # for the loss mask: prompts an image, half of them points, half boxes, from its annotation
+    mask_rounds: int = 1  # for the loss mask: points that are added where student and teacher disagree, one a round
+    ema: float = 0.0  # average the weights exponentially with this decay (0.999, say), and use those; 0: no
+    batch_norm: str = "local"  # statistics of each process's batch; sync: of the whole batch (GPUs); frozen: none
     mixed_precision: str = "no"  # no, bf16 or fp16
+    channels_last: bool = False  # memory format of the convolutions
+    compile: bool = False  # torch.compile the student: a minute or more at the start, faster from then on
     workers: int | None = None  # processes that read the cache, for each training process; default: 4, on a CPU none
     checkpoint_every: int = 1000  # optimizer steps between checkpoints
+    checkpoint_minutes: float = 30.0  # and minutes, whichever comes first; 0: only the steps count
+    keep_checkpoints: int = 2  # the last so many; the one with the best masks is kept besides
+    stop_above: float = 20.0  # stop where the loss is so many times that of the steps before; 0: only where it is NaN
     watch_images: int = 8  # held-out images whose masks are compared with the teacher's every epoch
     log_every: int = 10  # optimizer steps between lines of metrics.jsonl
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])  # also wandb, mlflow, ... (Accelerate's); []
 
 
 @dataclass

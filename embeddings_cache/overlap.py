@@ -17,6 +17,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def processes_here() -> int:
+    """Processes of this launch on this machine, as launchers say it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int) -> Generator[R, None, None]:
     """`map(function, items)` by some threads, with at most `ahead` results waiting or under way.
 

@@ -1,6 +1,5 @@
 """Precompute: the teacher sees every chosen image once; its embeddings go to shards."""
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -16,7 +15,7 @@ from embeddings_cache.encoder import TeacherEncoder
 from embeddings_cache.files import TEMPORARY, sole_user, write_json
 from embeddings_cache.format import CacheIdentity, CacheInfo, images_name, read_info
 from embeddings_cache.images import count_images, read_images
-from embeddings_cache.overlap import available_cores, map_ahead
+from embeddings_cache.overlap import available_cores, map_ahead, processes_here
 from embeddings_cache.preprocess import fingerprint
 from embeddings_cache.progress import progress_bar
 from embeddings_cache.reader import is_complete, keys_in, shard_paths
@@ -206,7 +205,7 @@ def preparing_threads(device: torch.device) -> int:
     """Threads that decode and that resize pictures: a share of the cores for a GPU, one beside a teacher on the CPU."""
     if device.type == "cpu":
         return 1
-    return max(1, min(MOST_THREADS, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(MOST_THREADS, available_cores() // processes_here()))
 
 
 def _finish(directory: Path, identity: CacheIdentity, skipped: SkippedSamples) -> None:

@@ -28,12 +28,15 @@ def resize_longest_side(image: np.ndarray, size: int) -> np.ndarray:
     return ResizeLongestSide(size).apply_image(image)
 
 
-def pad_pixels(pixels: np.ndarray, size: int) -> torch.Tensor:
-    """Resized RGB uint8 (h, w, 3) → uint8 (3, size, size); the padding's value is irrelevant to `to_encoder_input`."""
-    height, width = pixels.shape[:2]
-    padded = np.zeros((3, size, size), dtype=np.uint8)
-    padded[:, :height, :width] = pixels.transpose(2, 0, 1)
-    return torch.from_numpy(padded)
+def pad_pixels(pixels: np.ndarray | torch.Tensor, size: int) -> torch.Tensor:
+    """Resized RGB uint8 (h, w, 3) → uint8 (3, size, size) on the device where the pixels are.
+
+    The padding's value is irrelevant to `to_encoder_input`.
+    """
+    picture = torch.tensor(pixels) if isinstance(pixels, np.ndarray) else pixels
+    padded = picture.new_zeros(3, size, size)
+    padded[:, : picture.shape[0], : picture.shape[1]] = picture.permute(2, 0, 1)
+    return padded
 
 
 def to_encoder_input(pixels: torch.Tensor, input_size: torch.Tensor) -> torch.Tensor:

@@ -26,13 +26,18 @@ class EmbeddingsCache(Sequence[CacheRow]):
     cache or in how many sittings. Files are opened on first use in each process, so that an instance may be pickled
     (spawn) or inherited (fork) by DataLoader workers.
 
+    Args:
+        directory: of the cache.
+        partly: take it as whole with some of its shards, those that a machine has on a disk of its own.
+
     Raises:
         InputError: there is no finished cache at `directory`.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, partly: bool = False) -> None:
         info = read_info(directory)
-        if info is None or not is_complete(directory, info):
+        whole = info is not None and ((info.complete and partly) or is_complete(directory, info))
+        if info is None or not whole:
             state = "is not finished, or has lost a shard" if info else "does not exist"
             raise InputError(f"the cache at {directory} {state}: run stage=precompute")
         self.info: CacheInfo = info
@@ -41,6 +46,8 @@ class EmbeddingsCache(Sequence[CacheRow]):
         # Where two shards have a key (two sources did, read by two processes), the first one's row counts.
         places = {key: (shard, row) for shard in reversed(range(len(keys))) for row, key in enumerate(keys[shard])}
         self.keys = sorted(places)
+        if not self.keys:
+            raise InputError(f"the cache at {directory} is empty")
         self._places = [places[key] for key in self.keys]
         self._files: OrderedDict[int, OpenShard] = OrderedDict()
         self._pid = os.getpid()
@@ -69,17 +76,14 @@ class EmbeddingsCache(Sequence[CacheRow]):
             return self._open(shard).embedding(row)
 
     def split(self, val_images: int) -> tuple[list[int], list[int]]:
-        """Row numbers for training and for validation.
-
-        The held-out images are those whose key hashes lowest; the same on every machine.
+        """Row numbers for training and for validation (`held_out_keys`), in order.
 
         Raises:
             InputError: nothing would be left to train on.
         """
-        if val_images >= len(self):
-            raise InputError(f"data.val_images={val_images} leaves none of the cache's {len(self)} images to train on")
-        ranked = sorted(range(len(self)), key=lambda index: stable_hash(self.keys[index], "validation"))
-        return sorted(ranked[val_images:]), sorted(ranked[:val_images])
+        held_out = held_out_keys(self.keys, val_images)
+        rows = range(len(self))
+        return [r for r in rows if self.keys[r] not in held_out], [r for r in rows if self.keys[r] in held_out]
 
     @contextmanager
     def _naming_damage(self, shard: int, row: int) -> Iterator[None]:
@@ -148,6 +152,17 @@ class _Rows:
         values = np.empty(self._shape, self._dtype)
         self._dataset.read(self._memory, place, values)
         return values
+
+
+def held_out_keys(keys: Sequence[str], count: int) -> set[str]:
+    """The keys of the images that validation takes: those that hash lowest, the same on every machine.
+
+    Raises:
+        InputError: nothing would be left to train on.
+    """
+    if count >= len(keys):
+        raise InputError(f"data.val_images={count} leaves none of the cache's {len(keys)} images to train on")
+    return set(sorted(keys, key=lambda key: stable_hash(key, "validation"))[:count])
 
 
 def files_open_at_most() -> int:

@@ -13,12 +13,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.benchmark.cache import CacheBenchmark, benchmark_cache
 from distill.benchmark.teacher import TeacherBenchmark, benchmark_teacher
+from distill.benchmark.train import TrainBenchmark, benchmark_train
 from distill.checks import nearest
 from embeddings_cache.files import read_json, write_json
 from students import InputError, first_line
 
 KINDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]], str]] = {
     "teacher": (TeacherBenchmark, benchmark_teacher, "the teacher's encoder against segment-anything's own"),
+    "train": (TrainBenchmark, benchmark_train, "a training step: precisions, memory formats, reading the cache"),
     "cache": (CacheBenchmark, benchmark_cache, "reading embeddings against np.memmap, and opening a large cache"),
 }
 
@@ -83,7 +85,7 @@ def help_text() -> str:
         defaults = schema()
         for entry in fields(schema):
             default = getattr(defaults, entry.name)
-            shown = {None: "null", True: "true", False: "false"}.get(default, default)
+            shown = {"None": "null", "True": "true", "False": "false"}.get(str(default), default)
             lines.append(f"  {f'{entry.name}={shown}':<34} {comments[entry.name]}")
         lines.append("")
     return "\n".join(lines).rstrip()

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from distill.benchmark.pipeline import WHOLE, pipeline_row
-from distill.benchmark.timing import Times, cost_alone, interleave, machine, synchronize
+from distill.benchmark.timing import Times, cost_alone, gpu_peak, interleave, machine, matrix_product_rate, pick_device
 from distill.checks import nearest
 from embeddings_cache.encoder import TEACHER_DTYPES, TeacherEncoder
 from embeddings_cache.preprocess import to_encoder_input
@@ -24,8 +24,6 @@ from embeddings_cache.vit import fuse_attention
 from students import VITS, InputError, architecture_of, load_checkpoint
 
 BASELINE = "segment-anything, float32"
-MATRIX = 8192
-"""Side of the square bfloat16 matrices whose product says what a GPU can do."""
 
 
 @dataclass
@@ -56,14 +54,10 @@ def benchmark_teacher(settings: TeacherBenchmark) -> dict[str, Any]:
     for key, values, known in (
         ("name", [settings.name], (*VITS, "toy") if settings.checkpoint is None else known_teachers()),
         ("dtypes", dtypes, TEACHER_DTYPES),
-        ("device", [settings.device], ("auto", "cpu", "cuda")),
     ):
         if unknown := [value for value in values if value not in known]:
             raise InputError(f"{key}={unknown[0]} is not known{nearest(unknown[0], known)}")
-    gpu = torch.cuda.is_available()
-    if settings.device == "cuda" and not gpu:
-        raise InputError("device=cuda: this PyTorch finds no GPU")
-    device = torch.device("cuda" if gpu and settings.device != "cpu" else "cpu")
+    device = pick_device(settings.device)
     variants = [(dtype, compiled) for compiled in (False, True)[: 1 + settings.compile] for dtype in dtypes]
     passes = {BASELINE: partial(baseline_pass, settings, device)}
     passes |= {_label(*variant): partial(our_pass, settings, device, *variant) for variant in variants}
@@ -161,21 +155,12 @@ def _memory(
         return {
             name: cost_alone(prepare).peak_bytes for name, prepare in tqdm(passes.items(), desc="memory", leave=False)
         }
-    found = {}
-    for name, encode in ready.items():
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        encode()
-        synchronize(device)
-        found[name] = torch.cuda.max_memory_allocated(device) - before
-    return found
+    return {name: gpu_peak(encode, device) for name, encode in ready.items()}
 
 
 def _share_of_peak(settings: TeacherBenchmark, times: dict[str, Times], device: torch.device) -> dict[str, Any]:
     """How near the fastest pass is to the rate of one large matrix product on this very GPU."""
-    left, right = (torch.randn(MATRIX, MATRIX, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = interleave({"product": lambda: [left @ right for _ in range(10)]}, 5, device)["product"]
-    rate = 10 * 2 * MATRIX**3 / product.median
+    rate = matrix_product_rate(device)
     sam = load_sam(settings)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         side = settings.image_size

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from students import InputError
+
 
 @dataclass(frozen=True)
 class Times:
@@ -26,12 +28,12 @@ class Times:
     def median(self) -> float:
         return statistics.median(self.seconds)
 
-    def as_json(self) -> dict[str, float]:
-        """Median and spread in milliseconds, as the report shows them."""
-        ordered = sorted(self.seconds)
+    def as_json(self, parts: int = 1) -> dict[str, float]:
+        """Median and spread in milliseconds, as the report shows them, of one of so many equal parts of a round."""
+        ordered = sorted(seconds / parts for seconds in self.seconds)
         last = len(ordered) - 1
         return {
-            "median_ms": round(1e3 * self.median, 3),
+            "median_ms": round(1e3 * self.median / parts, 3),
             "p10_ms": round(1e3 * ordered[round(0.1 * last)], 3),
             "p90_ms": round(1e3 * ordered[round(0.9 * last)], 3),
         }
@@ -112,6 +114,40 @@ def _peak_bytes(forget: bool = False) -> int:
         line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+MATRIX = 8192
+"""Side of the square bfloat16 matrices whose product says what a GPU can do."""
+
+
+def matrix_product_rate(device: torch.device) -> float:
+    """Floating-point operations a second of one large bfloat16 matrix product on this very device."""
+    left, right = (torch.randn(MATRIX, MATRIX, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = interleave({"product": lambda: [left @ right for _ in range(10)]}, 5, device)["product"]
+    return 10 * 2 * MATRIX**3 / product.median
+
+
+def gpu_peak(measured: Callable[[], object], device: torch.device) -> int:
+    """Bytes that a call adds at most to what the GPU holds before it."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    measured()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda` → a device.
+
+    Raises:
+        InputError: none of these, or there is no GPU.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device={name} is not known; known: auto, cpu, cuda")
+    gpu = torch.cuda.is_available()
+    if name == "cuda" and not gpu:
+        raise InputError("device=cuda: this PyTorch finds no GPU")
+    return torch.device("cuda" if gpu and name != "cpu" else "cpu")
 
 
 def machine(device: torch.device) -> dict[str, Any]:

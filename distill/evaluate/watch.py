@@ -11,6 +11,7 @@ from torch import nn
 
 from distill.evaluate.masks import Prompts, Score, embed_both, make_prompts, refuse_other_teacher, score_image
 from distill.recipe import Recipe
+from distill.training.plan import wants_masks
 from embeddings_cache.codec import CacheRow
 from embeddings_cache.reader import EmbeddingsCache
 from embeddings_cache.teacher import load_teacher
@@ -20,51 +21,68 @@ WATCHED_MASKS, WATCHED_GRID = 8, 3
 """Prompts of each kind an image; side of the grid where there is no annotation."""
 
 
+def load_decoder(recipe: Recipe, cache: EmbeddingsCache, accelerator: Accelerator) -> Sam | None:
+    """The teacher without its image encoder, on the device; None where masks are neither watched nor learnt from.
+
+    Without the teacher's weights on every process masks are not watched, and the main process says so.
+
+    Raises:
+        InputError: the cache is another teacher's, or masks are to be learnt from and the weights are missing.
+    """
+    if not recipe.train.watch_images and not wants_masks(recipe):
+        return None
+    teacher, missing = None, ""
+    try:
+        teacher = load_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
+        require_decoder(teacher)
+    except InputError as error:
+        missing = str(error)
+    if reasons := [reason for reason in gather_object([missing]) if reason]:
+        if wants_masks(recipe):
+            raise InputError(f"the loss mask takes the teacher's decoder: {reasons[0]}")
+        accelerator.print(f"train: masks are not watched: {reasons[0]}")
+        return None
+    assert teacher is not None
+    refuse_other_teacher(recipe, cache.info.identity, teacher)
+    del teacher.image_encoder  # most of its memory; the cache has what it said
+    return teacher.requires_grad_(False).to(accelerator.device)
+
+
 class MaskWatch:
     """How well the student's masks match the teacher's on a few held-out images, while it trains.
 
-    The embedding's error alone misleads about masks. Unless every process has the teacher's weights at hand there is
-    no decoder, and nothing is watched.
+    The embedding's error alone misleads about masks.
+
+    Args:
+        rows: of the cache that this process watches.
+        decoder: from `load_decoder`; without one nothing is watched.
     """
 
-    def __init__(self, recipe: Recipe, cache: EmbeddingsCache, held_out: list[int], accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.decoder: Sam | None = None
+    def __init__(
+        self, recipe: Recipe, cache: EmbeddingsCache, rows: list[int], decoder: Sam | None, accelerator: Accelerator
+    ) -> None:
+        self.accelerator, self.decoder = accelerator, decoder
         self.watched: list[tuple[CacheRow, Prompts]] = []
-        if not recipe.train.watch_images:
-            return
-        teacher, missing = None, ""
-        try:
-            teacher = load_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
-            require_decoder(teacher)
-        except InputError as error:
-            missing = str(error)
-        if any(reasons := gather_object([missing])):
-            accelerator.print(f"train: masks are not watched: {next(filter(None, reasons))}")
-            return
-        assert teacher is not None
-        refuse_other_teacher(recipe, cache.info.identity, teacher)
-        del teacher.image_encoder  # most of its memory; the cache has what it said
-        self.decoder = teacher.to(accelerator.device)
         settings = replace(
             recipe.evaluate,
             masks_per_image=min(WATCHED_MASKS, recipe.evaluate.masks_per_image),
             grid=min(WATCHED_GRID, recipe.evaluate.grid),
         )
-        mine = held_out[: recipe.train.watch_images][accelerator.process_index :: accelerator.num_processes]
-        for row in (cache[index] for index in mine):
+        for row in (cache[index] for index in (rows if decoder is not None else ())):
             with suppress(InputError):  # an annotation that cannot be decoded; evaluate records it
                 self.watched.append((row, replace(make_prompts(row, settings), masks=None)))
 
     def __call__(self, student: nn.Module) -> dict[str, float]:
-        """Mean IoU of student's and teacher's masks by prompt, `val_miou_point` and `val_miou_box`."""
+        """Mean IoU of student's and teacher's masks by prompt, `val_miou_point` and `val_miou_box`, and the mean of
+        these, `val_miou`; nothing where nothing is watched."""
         if self.decoder is None:
             return {}
-        student_sam = build_student_sam(self.accelerator.unwrap_model(student), self.decoder)
+        student_sam = build_student_sam(student, self.decoder)
         scores: list[Score] = []
         for row, prompts in self.watched:
             scores += score_image(row, student_sam, *embed_both(row, student_sam), prompts)
         by_prompt: dict[str, list[float]] = {}
         for score in gather_object(scores):
             by_prompt.setdefault(score.prompt, []).append(score.student_teacher)
-        return {f"val_miou_{prompt}": fmean(ious) for prompt, ious in by_prompt.items()}
+        means = {f"val_miou_{prompt}": fmean(ious) for prompt, ious in by_prompt.items()}
+        return {**means, "val_miou": fmean(means.values())} if means else {}

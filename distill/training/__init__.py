@@ -1,0 +1,1 @@
+"""What the loop of `distill/train.py` is made of."""

@@ -1,0 +1,174 @@
+"""Which images a process takes when, and how they come from the cache to the device."""
+
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from distill.recipe import Recipe
+from distill.training.plan import Plan, loss_weights
+from distill.training.prompts import MaskPrompts, sample_prompts
+from distill.training.rows import Group
+from embeddings_cache.preprocess import pad_pixels, to_encoder_input
+from embeddings_cache.reader import EmbeddingsCache
+from students import InputError
+
+WORKERS_ON_A_GPU = 4
+PROMPTS_STREAM = 1
+"""Sets the random numbers of prompts apart from those of the order."""
+
+Draw = tuple[int, int]
+"""Epoch and row: with the seed, all that decides what a sample is."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row of the cache as tensors: pixels uint8 (h, w, 3), embedding float16 (C, h/16, w/16) of the padded image."""
+
+    key: str
+    pixels: torch.Tensor
+    input_size: tuple[int, int]
+    embedding: torch.Tensor
+    prompts: MaskPrompts | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples: pictures of their own sizes, input sizes int (B, 2), teacher's embeddings float16 (B, C, h, w)."""
+
+    keys: list[str]
+    pixels: list[torch.Tensor]
+    input_size: torch.Tensor
+    teacher: torch.Tensor
+    prompts: MaskPrompts | None
+
+    @classmethod
+    def of(cls, samples: list[Sample]) -> "Batch":
+        """Collate."""
+        prompts = [sample.prompts for sample in samples if sample.prompts is not None]
+        return cls(
+            [sample.key for sample in samples],
+            [sample.pixels for sample in samples],
+            torch.tensor([sample.input_size for sample in samples]),
+            torch.stack([sample.embedding for sample in samples]),
+            MaskPrompts.stack(prompts) if prompts else None,
+        )
+
+    def to(self, device: torch.device) -> "Batch":
+        """On the device; a copy that is under way while the next batch is awaited, where memory is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """In memory that a GPU can read by itself; the loader calls this."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def encoder_input(self, image_size: int) -> torch.Tensor:
+        """Padded and normalised on the device where the pixels are: float32 (B, 3, S, S)."""
+        padded = torch.stack([pad_pixels(pixels, image_size) for pixels in self.pixels])
+        return to_encoder_input(padded, self.input_size)
+
+    def _map(self, change: Any) -> "Batch":
+        prompts = self.prompts and MaskPrompts(*(change(tensor) for tensor in vars(self.prompts).values()))
+        return replace(
+            self,
+            pixels=[change(pixels) for pixels in self.pixels],
+            input_size=change(self.input_size),
+            teacher=change(self.teacher),
+            prompts=prompts,
+        )
+
+
+class CachedImages(Dataset[Sample]):
+    """Samples by epoch and row. Prompts are drawn where the epoch's losses ask for masks, by seed, epoch and key."""
+
+    def __init__(self, cache: EmbeddingsCache, recipe: Recipe, with_prompts: bool = True) -> None:
+        self.cache, self.recipe, self.with_prompts = cache, recipe, with_prompts
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        epoch, index = draw
+        row = self.cache[index]
+        prompts = None
+        if self.with_prompts and loss_weights(self.recipe, epoch).get("mask"):
+            key = list(row.key.encode())
+            rng = np.random.default_rng([self.recipe.seed, epoch, PROMPTS_STREAM, *key])
+            prompts = sample_prompts(row, self.recipe.train.mask_prompts, self.recipe.train.mask_rounds, rng)
+        return Sample(row.key, torch.tensor(row.pixels()), row.input_size, torch.from_numpy(row.embedding), prompts)
+
+
+class TrainingOrder(Sampler[list[Draw]]):
+    """This process's micro-batches, from a step on to the end of training.
+
+    The order of an epoch is a function of seed, epoch and the group's rows alone. A step takes the next images of it,
+    each process of the group an equal part, so that the batches do not depend on the number of processes, nor on where
+    a run was interrupted.
+    """
+
+    def __init__(self, rows: list[int], plan: Plan, seed: int, group: Group, first_step: int = 0) -> None:
+        self.rows, self.plan, self.seed, self.group, self.first_step = rows, plan, seed, group, first_step
+
+    def __len__(self) -> int:
+        return (self.plan.steps - self.first_step) * self.plan.accumulate
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        share = self.plan.micro_batch * self.plan.accumulate
+        order_of: tuple[int, np.ndarray] = (-1, np.empty(0))
+        for step in range(self.first_step, self.plan.steps):
+            epoch, place = divmod(step, self.plan.steps_per_epoch)
+            if order_of[0] != epoch:
+                order_of = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.rows)
+            start = (place * self.group.size + self.group.rank) * share
+            for first in range(start, start + share, self.plan.micro_batch):
+                yield [(epoch, int(row)) for row in order_of[1][first : first + self.plan.micro_batch]]
+
+
+class TimedBatches:
+    """Batches on the device; `waited` adds up the seconds that were spent on waiting for them."""
+
+    def __init__(self, loader: DataLoader, device: torch.device) -> None:
+        self.loader, self.device, self.waited = loader, device, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(batches, None)
+            except InputError as error:  # a worker's comes with its traceback; what it says is the last line
+                raise InputError(str(error).strip().splitlines()[-1].partition("InputError: ")[2] or error) from error
+            self.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch.to(self.device)
+
+
+def make_loader(
+    images: CachedImages, order: Sampler[list[Draw]] | list[list[Draw]], recipe: Recipe, device: torch.device
+) -> DataLoader:
+    """Reads and decodes, in processes of their own where there are to be any.
+
+    On a CPU there are none by default: they would compete with the training for the cores, and a worker forked off a
+    training process of many GB keeps that memory from being reused.
+    """
+    on_cpu = device.type == "cpu"
+    workers = recipe.train.workers if recipe.train.workers is not None else (0 if on_cpu else WORKERS_ON_A_GPU)
+    return DataLoader(
+        images,
+        batch_sampler=order,
+        collate_fn=Batch.of,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_the_trainer,
+        # Of its own: the loader draws from it, which must not move the run's random numbers.
+        generator=torch.Generator().manual_seed(recipe.seed),
+    )
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole group; the trainer ends its workers when it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

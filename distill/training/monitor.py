@@ -1,0 +1,128 @@
+"""Looking at a run's losses now and then, on all processes at once: are they sound, has somebody asked to stop?"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean, median
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from embeddings_cache.stopping import StopRequest
+from students import InputError
+
+SECONDS_BETWEEN = 1.0
+"""About so often losses are fetched from the device and signals heeded; each time a GPU has to be waited for."""
+
+USUAL_AFTER, USUAL_OVER = 10, 100
+"""Steps after which it is known what loss is usual, and over which."""
+
+KEYS_SHOWN = 8
+
+
+class UnsoundLoss(InputError):
+    """Going on would spoil the weights."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step left on the device: losses by name, their weighted sum `loss` among them, scalars all; the
+    norm of its gradient; and the keys of this process's images."""
+
+    number: int
+    losses: dict[str, torch.Tensor]
+    gradient_norm: torch.Tensor
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What all processes agree on: whether one was asked to stop, and whether a checkpoint is overdue."""
+
+    stop: bool
+    save: bool
+
+
+class Monitor:
+    """Collects steps, and judges them from time to time.
+
+    Args:
+        stop_above: a loss so many times the usual stops the run; 0: only one that is not finite does.
+        most_steps: that are made without a look.
+        checkpoint_minutes: after which a checkpoint is overdue; 0: never.
+    """
+
+    def __init__(self, accelerator: Accelerator, stop_above: float, most_steps: int, checkpoint_minutes: float) -> None:
+        self.accelerator, self.stop_above, self.most_steps = accelerator, stop_above, most_steps
+        self.checkpoint_seconds = 60 * checkpoint_minutes or math.inf
+        self.interval, self.looked, self.saved = 1, time.perf_counter(), time.perf_counter()
+        self.weights: Mapping[str, float] = {}
+        self.usual: deque[float] = deque(maxlen=USUAL_OVER)
+        self.pending: list[Step] = []
+        self.judged: list[dict[str, float]] = []
+
+    def add(self, step: Step, weights: Mapping[str, float]) -> bool:
+        """Take note of a step, made with these weights of its losses; returns whether it is time to look, which is
+        the same on all processes."""
+        if weights != self.weights:
+            self.weights = weights
+            self.usual.clear()
+        self.pending.append(step)
+        return len(self.pending) >= self.interval
+
+    def look(self, request: StopRequest) -> Look:
+        """Judge all steps since the last time.
+
+        Raises:
+            UnsoundLoss: a loss or a gradient is not finite, or a loss is far above the usual.
+        """
+        names = list(self.pending[0].losses)
+        own = torch.stack([torch.stack([step.losses[name] for name in names]) for step in self.pending]).float()
+        now = time.perf_counter()
+        wishes = (request.signal_number is not None, now - self.saved > self.checkpoint_seconds)
+        asked = own.new_tensor([*wishes, (now - self.looked) / len(self.pending)])
+        stop, save, seconds = self.accelerator.reduce(asked, reduction="mean").tolist()
+        means = self.accelerator.reduce(own, reduction="mean").tolist()
+        norms = torch.stack([step.gradient_norm for step in self.pending]).tolist()
+        for step, row, norm, mine in zip(self.pending, means, norms, own[:, names.index("loss")].tolist(), strict=True):
+            losses = dict(zip(names, row, strict=True))
+            self._judge(step, losses["loss"], norm, mine)
+            self.judged.append({**losses, "gradient_norm": norm})
+        self.pending = []
+        # The mean over processes, so that all of them look after the same steps.
+        self.interval = max(1, min(self.most_steps, int(SECONDS_BETWEEN / max(seconds, 1e-6))))
+        self.looked = time.perf_counter()
+        return Look(stop > 0, save > 0)
+
+    def saved_now(self) -> None:
+        """A checkpoint was written."""
+        self.saved = time.perf_counter()
+
+    def means(self) -> dict[str, float]:
+        """Means of what was judged since the last call; a gradient that fp16 made infinite is left out."""
+        names = dict.fromkeys(name for losses in self.judged for name in losses)
+        values = {name: [losses[name] for losses in self.judged if name in losses] for name in names}
+        self.judged = []
+        finite = {name: [value for value in found if math.isfinite(value)] for name, found in values.items()}
+        return {name: fmean(found) for name, found in finite.items() if found}
+
+    def _judge(self, step: Step, loss: float, norm: float, mine: float) -> None:
+        limit = math.inf
+        if self.stop_above and len(self.usual) >= USUAL_AFTER:
+            limit = self.stop_above * median(self.usual)
+        self.usual.append(loss)
+        wrong = ""
+        if not math.isfinite(loss):
+            wrong = f"the loss is {loss}"
+        elif loss > limit:
+            wrong = f"the loss is {loss:.3g}, more than {self.stop_above:g} times that of the steps before"
+        elif not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16 leaves such steps out by itself
+            wrong = f"the gradient's norm is {norm}"
+        if wrong:
+            concerned = mine > limit or not math.isfinite(mine) or (math.isfinite(loss) and loss <= limit)
+            keys = gather_object(step.keys if concerned else [])
+            more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
+            raise UnsoundLoss(f"{wrong} at step {step.number}, images {', '.join(keys[:KEYS_SHOWN])}{more}")

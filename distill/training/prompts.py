@@ -1,0 +1,92 @@
+"""Prompts for training, drawn from an image's annotation as SAM's training draws its first ones."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from embeddings_cache.annotations import bounding_box, decode_rle
+from embeddings_cache.codec import CacheRow
+from students import InputError, first_line
+
+BOX_NOISE, MOST_BOX_NOISE = 0.1, 20.0
+"""Standard deviation of a box's corners as a share of its sides, and in pixels (arXiv:2304.02643, appendix A)."""
+
+
+@dataclass(frozen=True)
+class MaskPrompts:
+    """Prompts of a batch, in pixels of the encoder's input.
+
+    `points` is float32 (B, N, 2), foreground points as (x, y); `boxes` float32 (B, M, 4) as (x0, y0, x1, y1); `draws`
+    float32 (B, N + M, rounds) in [0, 1), which say where in a disagreement a correction goes.
+    """
+
+    points: torch.Tensor
+    boxes: torch.Tensor
+    draws: torch.Tensor
+
+    @classmethod
+    def stack(cls, images: "Sequence[MaskPrompts]") -> "MaskPrompts":
+        """Prompts of single images, without B → of a batch."""
+        return cls(*(torch.stack([getattr(image, name) for image in images]) for name in cls.__annotations__))
+
+
+def sample_prompts(row: CacheRow, count: int, rounds: int, rng: np.random.Generator) -> MaskPrompts:
+    """Prompts of one image: for the larger half of `count` a point anywhere in a mask, for the rest a box around one.
+
+    Masks are drawn without repetition while there are enough; an image without annotation is asked at random places.
+    The box's corners are moved as SAM's training moves them.
+
+    Args:
+        count: of prompts; the result has N + M = count.
+        rounds: corrections to come.
+        rng: decides everything.
+
+    Raises:
+        InputError: a mask of the annotation cannot be decoded.
+    """
+    scale = np.array([row.input_size[1] / row.original_size[1], row.input_size[0] / row.original_size[0]])
+    limits = np.array([row.input_size[1], row.input_size[0]], dtype=float)
+    clicked = (count + 1) // 2
+    masks = list(_some_masks(row, count, rng))
+    points, boxes = np.empty((clicked, 2)), np.empty((count - clicked, 4))
+    for number in range(count):
+        mask = masks[number % len(masks)] if masks else None
+        if number < clicked:
+            points[number] = _any_pixel(mask, rng) * scale if mask is not None else rng.uniform(0, limits)
+        else:
+            corners = np.reshape(bounding_box(mask), (2, 2)) * scale if mask is not None else _any_box(limits, rng)
+            noise = rng.normal(size=(2, 2)) * np.minimum(BOX_NOISE * (corners[1] - corners[0]), MOST_BOX_NOISE)
+            boxes[number - clicked] = np.sort(np.clip(corners + noise, 0, limits), axis=0).ravel()
+    draws = rng.uniform(size=(count, rounds))
+    return MaskPrompts(*(torch.from_numpy(values.astype(np.float32)) for values in (points, boxes, draws)))
+
+
+def _some_masks(row: CacheRow, count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """At most `count` of the annotation's masks that are not empty, boolean (H, W), in a drawn order."""
+    if row.annotation is None:
+        return
+    try:
+        entries = json.loads(row.annotation)["annotations"]
+        for place in rng.permutation(len(entries)):
+            mask = decode_rle(entries[place]["segmentation"])
+            if mask.any():
+                yield mask
+                count -= 1
+            if not count:
+                return
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"the annotation of {row.key} cannot be decoded: {first_line(error)}") from error
+
+
+def _any_pixel(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(x, y) of the centre of one of a mask's pixels."""
+    y, x = np.unravel_index(rng.choice(np.flatnonzero(mask)), mask.shape)
+    return np.array([x + 0.5, y + 0.5])
+
+
+def _any_box(limits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Two corners (2, 2) anywhere in an image."""
+    return np.sort(rng.uniform(0, limits, size=(2, 2)), axis=0)

@@ -1,0 +1,71 @@
+"""What the ways to train are worth: `python -m recipes.training_study` makes the table of docs/training.md.
+
+The quickstart, each variant with a few seeds, and no other difference: the same scenes, held-out scenes, number of
+epochs and teacher. What is there already is not run again. About an hour on two cores.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean, stdev
+
+VARIANTS: dict[str, list[str]] = {
+    "`mse`": [],
+    "`mse`, `train.ignore_padding=true`": ["train.ignore_padding=true"],
+    "`mse`, `train.ema=0.999`": ["train.ema=0.999"],
+    "`mse`, the last 2 of 8 epochs with `mask: 0.1`": [
+        "train.epochs=6",
+        "train.then=[{epochs: 2, loss: {mse: 1.0, mask: 0.1}}]",
+        "train.mask_prompts=4",
+    ],
+    "`mse`, `student.downsample=fuse`": ["student.downsample=fuse"],
+}
+
+
+def main() -> None:
+    """Run what is missing, seed by seed, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/training-study"), help="where the runs go")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
+    parser.add_argument("settings", nargs="*", help="key=value for every run, as for distill.py")
+    options = parser.parse_args()
+    for seed in range(options.seeds):
+        for number, overrides in enumerate(VARIANTS.values()):
+            run_dir = options.out / f"{number}-{seed}"
+            for stage in ("precompute", "train", "evaluate"):
+                arguments = [f"stage={stage}", f"seed={seed}", f"run_dir={run_dir}", *overrides, *options.settings]
+                subprocess.run([sys.executable, "distill.py", "recipe=quickstart", *arguments], check=True)
+    print(table([[result(options.out / f"{n}-{seed}") for seed in range(options.seeds)] for n in range(len(VARIANTS))]))
+
+
+def result(run_dir: Path) -> dict[str, float]:
+    """What a run came to."""
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    miou = evaluation["miou"]
+    return {
+        "embedding MSE": evaluation["embedding"]["mse"],
+        **{f"{prompt}, teacher": miou[prompt]["all"]["student_teacher"] for prompt in ("point", "box")},
+        **{f"{prompt}, truth": miou[prompt]["all"]["student_truth"] for prompt in ("point", "box")},
+        "minutes": json.loads((run_dir / "stages.json").read_text())["train"]["seconds"] / 60,
+    }
+
+
+def table(results: list[list[dict[str, float]]]) -> str:
+    """Mean ± standard deviation over seeds, a line a variant."""
+    columns = list(results[0][0])
+    lines = ["| " + " | ".join(["trained with", *columns]) + " |", "| --- |" + " --- |" * len(columns)]
+    for name, runs in zip(VARIANTS, results, strict=True):
+        cells = []
+        for column in columns:
+            values = [run[column] for run in runs]
+            digits = {"minutes": 1, "embedding MSE": 4}.get(column, 3)
+            spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+            cells.append(f"{fmean(values):.{digits}f}{spread}")
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from distill.benchmark.main import main
+
+SMALL = ("image_size=128", "rows=4", "rounds=2", "steps=2", "device=cpu")
+
+
+def test_train(tmp_path: Path) -> None:
+    out = tmp_path / "benchmark.json"
+    assert main(["train", *SMALL, "memory=false", "precisions=float32,bfloat16", f"out={out}"]) == 0
+    rows = json.loads(out.read_text())["train"]["rows"]
+    assert [row["backend"] for row in rows] == [
+        "float32", "float32, channels_last", "bfloat16", "bfloat16, channels_last", "float32, from the cache",
+    ]  # fmt: skip
+    for row in rows:
+        assert row["images_per_s"] == pytest.approx(2e3 / row["median_ms"], rel=0.01)
+        assert row["hours_of_8_epochs"] == pytest.approx(8 * 112_000 / row["images_per_s"] / 3600, abs=0.1)
+        assert row["speed_up"] == pytest.approx(rows[0]["median_ms"] / row["median_ms"], rel=0.01)
+    assert rows[-1]["of_memory_step"] == pytest.approx(rows[-1]["median_ms"] / rows[0]["median_ms"], rel=0.01)
+
+
+@pytest.mark.slow
+def test_train_memory_and_compilation(tmp_path: Path) -> None:
+    out = tmp_path / "benchmark.json"
+    assert main(["train", *SMALL, "compile=true", "precisions=float32", f"out={out}"]) == 0
+    rows = json.loads(out.read_text())["train"]["rows"]
+    assert "float32, channels_last, compiled" in {row["backend"] for row in rows}
+    assert all(row["peak_memory_bytes"] > 50_000_000 for row in rows[:-1])
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("name=repvit_m9", "name=repvit_m9 is not known; did you mean"),
+        ("precisions=float32,int8", "precisions=int8 is not known"),
+        ("image_size=100", "image_size is a multiple of 64"),
+        ("batch_size=64", "rows are at least batch_size"),
+        ("device=tpu", "device=tpu is not known"),
+    ],
+)
+def test_mistakes(argument: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", argument]) == 2
+    assert said in capsys.readouterr().err
