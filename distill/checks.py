@@ -49,7 +49,7 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
     config = OmegaConf.structured(recipe)
 
     def refuse(key: str, value: Any, expected: str) -> None:
-        raise InputError(f"{origin(key)}: {key}={value}{expected}")
+        raise InputError(f"{origin(key.partition('[')[0])}: {key}={value}{expected}")
 
     for key, choices in CHOICES.items():
         if (value := OmegaConf.select(config, key)) not in choices():

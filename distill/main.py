@@ -168,7 +168,9 @@ def use_all_cores(accelerator: Accelerator) -> None:
 
     `accelerate launch` and `torchrun` set one thread a process unless OMP_NUM_THREADS says otherwise.
     """
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    launched = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if accelerator.device.type == "cpu" and (threads is None or (launched and threads == "1")):
         torch.set_num_threads(max(1, available_cores() // processes_here()))
 
 

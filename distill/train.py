@@ -129,10 +129,10 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
             to_training(student, settings.batch_norm)  # whoever was judged was so in eval mode
             since += time.perf_counter() - pause
 
-    accelerator.wait_for_everyone()
+    judged = judged_student(student, average, accelerator)
     if accelerator.is_main_process:
         with whole_file(trained_student(recipe)) as temporary:
-            save_student(temporary, judged_student(student, average, accelerator), {**metadata, "steps": str(step)})
+            save_student(temporary, judged, {**metadata, "steps": str(step)})
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     request.raise_if_made()
@@ -206,7 +206,7 @@ def to_training(student: nn.Module, batch_norm: str) -> None:
 def judged_student(student: nn.Module, average: ModelEmaV3 | None, accelerator: Accelerator) -> StudentEncoder:
     """The student to evaluate and to hand out, in eval mode: the average of its weights where there is one.
 
-    Batch norms' running statistics are the main process's on all of them.
+    All processes call this: batch norms' running statistics become the main process's.
     """
     judged = average.module if average is not None else accelerator.unwrap_model(student)
     if accelerator.num_processes > 1:

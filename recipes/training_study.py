@@ -1,15 +1,20 @@
 """What the ways to train are worth: `python -m recipes.training_study` makes the table of docs/training.md.
 
 The quickstart, each variant with a few seeds, and no other difference: the same scenes, held-out scenes, number of
-epochs and teacher. What is there already is not run again. About an hour on two cores.
+epochs and teacher. What is there already is not run again. About an hour with `--jobs 2` on two cores.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
+
+from embeddings_cache.overlap import available_cores
 
 VARIANTS: dict[str, list[str]] = {
     "`mse`": [],
@@ -29,14 +34,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/training-study"), help="where the runs go")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores")
     parser.add_argument("settings", nargs="*", help="key=value for every run, as for distill.py")
     options = parser.parse_args()
-    for seed in range(options.seeds):
-        for number, overrides in enumerate(VARIANTS.values()):
-            run_dir = options.out / f"{number}-{seed}"
-            for stage in ("precompute", "train", "evaluate"):
-                arguments = [f"stage={stage}", f"seed={seed}", f"run_dir={run_dir}", *overrides, *options.settings]
-                subprocess.run([sys.executable, "distill.py", "recipe=quickstart", *arguments], check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, available_cores() // options.jobs))}
+
+    def run(stage: str, number: int, seed: int) -> None:
+        keys = [f"stage={stage}", f"seed={seed}", f"run_dir={options.out / f'{number}-{seed}'}"]
+        command = [sys.executable, "distill.py", "recipe=quickstart", *keys, *options.settings]
+        subprocess.run([*command, *list(VARIANTS.values())[number]], env=environment, check=True)
+
+    run("precompute", 0, 0)  # all variants share the cache
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for stage in ("train", "evaluate"):
+            runs = product(range(options.seeds), range(len(VARIANTS)))
+            list(pool.map(lambda seed_number, stage=stage: run(stage, seed_number[1], seed_number[0]), runs))
     print(table([[result(options.out / f"{n}-{seed}") for seed in range(options.seeds)] for n in range(len(VARIANTS))]))
 
 

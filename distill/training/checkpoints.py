@@ -8,6 +8,7 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 
@@ -50,14 +51,13 @@ class Checkpoints:
     def save_if_best(self, step: int, student: StudentEncoder, score: float) -> None:
         """Keep this step's student where none before had a higher score."""
         best = self.best()
+        self.accelerator.wait_for_everyone()  # all have looked before it changes
         if best is None or score > best["miou"]:
-            self.save(step, student)
-            if self.accelerator.is_main_process:
+            if self.accelerator.is_main_process:  # before the checkpoint: without that it does not count
                 write_json(
                     self.directory / "best.json", {"step": step, "miou": score, "checkpoint": self._at(step).name}
                 )
-                self._remove_old()
-        self.accelerator.wait_for_everyone()
+            self.save(step, student)
 
     def restore(self, student: StudentEncoder, average: ModelEmaV3 | None) -> int:
         """Load the latest checkpoint into what was prepared, and into `average`.
@@ -70,9 +70,12 @@ class Checkpoints:
             The checkpoint's step, 0 without one.
 
         Raises:
-            InputError: it is damaged, or another student's.
+            InputError: it is damaged, or another student's, or not the same for all processes.
         """
         found = self.all()
+        names = {path.name for path in found[-1:]}
+        if any(set(others) != names for others in gather_object([list(names)])):
+            raise InputError(f"processes find different checkpoints in {self.directory}: machines must share run_dir")
         if not found:
             return 0
         latest = found[-1]
@@ -97,9 +100,10 @@ class Checkpoints:
         return int(about["step"])
 
     def best(self) -> dict | None:
-        """`step`, `miou` and `checkpoint` of the student with the best masks so far."""
+        """`step`, `miou` and `checkpoint` of the student with the best masks so far, if it is there."""
         path = self.directory / "best.json"
-        return read_json(path) if path.exists() else None
+        noted = read_json(path) if path.exists() else None
+        return noted if noted and (self.directory / noted["checkpoint"]).exists() else None
 
     def kept(self) -> str:
         """What there is to go on from, in words."""

@@ -21,9 +21,9 @@ class Metrics:
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator, resumed_step: int) -> None:
         self.path, self.accelerator = Path(recipe.run_dir) / "metrics.jsonl", accelerator
-        accelerator.init_trackers(
-            recipe.name, tracked_settings(recipe), {"tensorboard": {"purge_step": resumed_step + 1}}
-        )
+        # To TensorBoard alone the name is that of a folder in the run directory; to others that of a project.
+        name = "tensorboard" if recipe.train.trackers == ["tensorboard"] else "sam-distill"
+        accelerator.init_trackers(name, tracked_settings(recipe), {"tensorboard": {"purge_step": resumed_step + 1}})
         if accelerator.is_main_process:
             kept = [line for line in read_metrics(self.path.parent) if resumed_step and line["step"] <= resumed_step]
             with whole_file(self.path) as temporary:

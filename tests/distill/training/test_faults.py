@@ -27,8 +27,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SETTINGS = (
     *TINY,
     "stage=train",
-    "train.epochs=6",
-    "train.then=[{epochs: 2, loss: {mse: 1.0, mask: 0.5}}]",
+    "train.epochs=3",
+    "train.then=[{epochs: 1, loss: {mse: 1.0, mask: 0.5}}]",
     "train.mask_prompts=2",
     "train.ema=0.9",
     "train.workers=2",
@@ -39,7 +39,7 @@ SETTINGS = (
 
 @pytest.fixture
 def arguments(finished_run: Path, scene_tar: Path) -> tuple[str, ...]:
-    """40 steps on the finished cache; `run_dir` is still to be given."""
+    """20 steps on the finished cache; `run_dir` is still to be given."""
     images, _, cache = places(finished_run, scene_tar)
     return (*SETTINGS, images, cache)
 
@@ -56,7 +56,7 @@ class Run:
     def __init__(self, arguments: tuple[str, ...], run_dir: Path, launcher: tuple[str, ...] = ()) -> None:
         command = [sys.executable, *launcher, str(ROOT / "distill.py"), *arguments, f"run_dir={run_dir}"]
         self.run_dir = run_dir
-        environment = {**os.environ, "OMP_NUM_THREADS": "2"}  # not 1, which would be taken for a launcher's default
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # another number of threads has other last bits
         self.process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -113,12 +113,13 @@ def losses(run_dir: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_stopped_it_ends_with_the_same_bits(
     arguments: tuple[str, ...], tmp_path: Path, running: list[Run]
 ) -> None:
     undisturbed = Run(arguments, tmp_path / "undisturbed")
     running.append(undisturbed)
-    for step, number in ((6, signal.SIGKILL), (13, signal.SIGTERM), (33, signal.SIGKILL)):
+    for step, number in ((3, signal.SIGKILL), (9, signal.SIGTERM), (17, signal.SIGKILL)):
         run = Run(arguments, tmp_path / "killed")
         running.append(run)
         run.at_step(step)
@@ -139,20 +140,20 @@ def test_killed_at_any_moment_and_stopped_it_ends_with_the_same_bits(
     assert undisturbed.finish()[0] == 0
     assert difference(tmp_path / "killed", tmp_path / "undisturbed") == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
-    assert len(losses(tmp_path / "killed")) == 40
+    assert len(losses(tmp_path / "killed")) == 20
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one_and_go_on_after_a_kill(
     arguments: tuple[str, ...], tmp_path: Path, running: list[Run]
 ) -> None:
-    exact = (*arguments, "train.batch_norm=frozen", "train.batch_size=8", "train.epochs=8")
+    exact = (*arguments, "train.batch_norm=frozen", "train.batch_size=8", "train.epochs=8", "train.ignore_padding=true")
     one, two, killed = tmp_path / "one", tmp_path / "two", tmp_path / "killed"
     for run_dir, launcher in ((one, ()), (two, TORCHRUN)):
         running.append(Run(exact, run_dir, launcher))
         code, errors = running[-1].finish()
         assert code == 0, errors
-    assert len(losses(one)) == 20
+    assert len(losses(one)) == 18
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     for step in (5, 14):
         running.append(Run(exact, killed, TORCHRUN))
@@ -197,13 +198,13 @@ def test_two_machines_with_shards_of_their_own_train_together(
     port = 20000 + os.getpid() % 20000
     settings = (*TINY, "stage=train", images, "train.batch_norm=frozen", "train.epochs=10", "train.log_every=1")
 
-    def start(node: int, cache: Path) -> Run:
+    def start(node: int, cache: Path, run_dir: str) -> Run:
         launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--node_rank={node}")
         rendezvous = ("--master_addr=127.0.0.1", f"--master_port={port}")
         arguments = (*settings, f"cache.dir={cache}", "cache.per_node=true")
-        return Run(arguments, tmp_path / "run", (*launcher, *rendezvous))
+        return Run(arguments, tmp_path / run_dir, (*launcher, *rendezvous))
 
-    running += [start(node, tmp_path / f"node{node}") for node in (0, 1)]
+    running += [start(node, tmp_path / f"node{node}", "run") for node in (0, 1)]
     for run in running:
         code, errors = run.finish()
         assert code == 0, errors
@@ -218,11 +219,10 @@ def test_two_machines_with_shards_of_their_own_train_together(
     assert scores[0]["val_mse"] == pytest.approx(first["val_mse"], rel=1e-5)
     assert scores[0]["val_miou"] == pytest.approx(first["val_miou"], abs=1e-3)
 
-    running += [start(node, tmp_path / "whole") for node in (0, 1)]
-    for run in running[-2:]:
-        code, errors = run.finish()
-        assert code != 0
-    assert "holds a run" in errors or "machines share 24 images; each takes its own" in errors
+    running += [start(node, tmp_path / "whole", "refused") for node in (0, 1)]
+    code, errors = running[-2].finish()
+    assert code != 0
+    assert "distill.py: cache.per_node: machines share 24 images; each takes its own" in errors
 
 
 def test_the_last_checkpoints_and_the_best_are_kept_and_can_be_used(recipe: Recipe) -> None:

@@ -1,0 +1,43 @@
+"""The configurations and the script under recipes/accelerate say to Accelerate what they promise."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from support import ROOT
+
+CONFIGS = ROOT / "recipes" / "accelerate"
+
+
+@pytest.mark.parametrize(
+    ("name", "machines", "processes", "kind"),
+    [("one_gpu", 1, 1, "NO"), ("eight_gpus", 1, 8, "MULTI_GPU"), ("four_machines", 4, 32, "MULTI_GPU")],
+)
+def test_configs(name: str, machines: int, processes: int, kind: str) -> None:
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert (config.num_machines, config.num_processes, config.distributed_type) == (machines, processes, kind)
+    assert config.mixed_precision == "no"  # which leaves it to the recipe
+
+
+def test_the_slurm_script_starts_every_machine_with_its_own_rank(tmp_path: Path) -> None:
+    """With stand-ins for what only a cluster has: `srun` runs the command once for each of two machines."""
+    for name, script in {
+        "scontrol": "echo gpu07; echo gpu08",
+        "srun": 'while [[ $1 == -* ]]; do shift; done; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "accelerate": 'printf "%s|" "$@"; echo',
+    }.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_NNODES": "2"}
+    command = [str(CONFIGS / "slurm.sh"), "recipe=repvit_m2_3", "data.images=/data/sa 1b/*.tar"]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = [line.rstrip("|").split("|") for line in result.stdout.splitlines()]
+    assert [line[line.index("--machine_rank") + 1] for line in lines] == ["0", "1"]
+    for line in lines:
+        assert line[:3] == ["launch", "--config_file", "recipes/accelerate/four_machines.yaml"]
+        assert line[line.index("--num_processes") + 1] == "16"
+        assert line[line.index("--main_process_ip") + 1] == "gpu07"
+        assert line[-3:] == ["distill.py", "recipe=repvit_m2_3", "data.images=/data/sa 1b/*.tar"]
