@@ -190,8 +190,10 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
             f"{recipe.teacher.checkpoint} holds an image encoder alone: it can teach (stage=precompute, train, "
             "export), but masks need a decoder"
         )
-    if recipe.cache.per_node and stages != ("train",):
-        raise InputError("cache.per_node=true goes with stage=train alone; the other stages take a whole cache")
+    if recipe.cache.per_node and "precompute" in stages:
+        raise InputError(
+            "cache.per_node=true takes shards that are there: stage=train, and others with a whole cache.dir"
+        )
     info = read_info(Path(recipe.cache.dir))
     if info is not None and info.complete and {"precompute", "train"} & set(stages):
         refuse_other_settings(recipe, info.identity)

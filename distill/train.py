@@ -21,7 +21,7 @@ from distill.run import bind_cache, open_cache, trained_student
 from distill.training.batches import Batch, CachedImages, TimedBatches, TrainingOrder, make_loader
 from distill.training.checkpoints import Checkpoints
 from distill.training.mask_loss import MaskLoss
-from distill.training.metrics import Metrics
+from distill.training.metrics import Metrics, Pace
 from distill.training.monitor import Monitor, Step, UnsoundLoss
 from distill.training.plan import Plan, loss_weights
 from distill.training.rows import divide_rows
@@ -50,7 +50,10 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
     info = read_info(Path(recipe.cache.dir))
     if info is not None and accelerator.is_main_process:
         bind_cache(recipe, info.identity)
-    if trained_student(recipe).exists():
+    finished = gather_object([trained_student(recipe).exists()])
+    if any(finished) and not all(finished):
+        raise InputError(f"not all processes find {trained_student(recipe)}: machines must share run_dir")
+    if all(finished):
         accelerator.print(f"train: {trained_student(recipe)} is there already")
         return False
     cache = open_cache(recipe, partly=recipe.cache.per_node)
@@ -72,22 +75,26 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
     loader = make_loader(CachedImages(cache, recipe), order, recipe, accelerator.device)
     batches = TimedBatches(loader, accelerator.device)
 
-    def note_scores(epoch: int) -> None:
-        """What the student is worth, in numbers; at the end of an epoch kept if none was better."""
+    def note_scores(epoch: int, pace: dict[str, float]) -> None:
+        """What the student is worth, in numbers; at the end of an epoch kept if none was better.
+
+        The line comes last: where it is missing, whoever goes on from this step does all of it again.
+        """
         judged = judged_student(student, average, accelerator)
         scores = {**validate(judged, cache, rows.held_out, recipe, accelerator), **watch(judged)}
-        metrics.write(step, epoch, scores)
         if step and "val_miou" in scores:
             checkpoints.save_if_best(step, judged, scores["val_miou"])
+        metrics.write(step, epoch, {**scores, **pace})
 
     with (
         stop_on_request() as request,
         progress_bar(accelerator, "train", "steps", total=plan.steps, initial=step) as progress,
     ):
-        if step == 0:
-            note_scores(epoch=0)
+        if step % plan.steps_per_epoch == 0 and not metrics.scored:
+            note_scores(max(0, step // plan.steps_per_epoch - 1), pace={})
         to_training(student, settings.batch_norm)
-        since, seen = time.perf_counter(), step
+        paces = Pace(batches, settings.batch_size, step), Pace(batches, settings.batch_size, step)
+        line_pace, epoch_pace = paces
         micro_steps: list[dict[str, torch.Tensor]] = []
         keys: list[str] = []
         for batch in batches:
@@ -113,21 +120,19 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
                 raise InputError(f"{error}. {checkpoints.kept()}; {ADVICE}") from error
             pause = time.perf_counter()
             if to_log:
-                spent = pause - since
-                rate = (step - seen) * settings.batch_size / spent
-                means = {**monitor.means(), "lr": plan.lr(step - 1), "images_per_second": rate}
-                metrics.write(step, epoch, {**means, "loader_wait": batches.waited / spent})
+                means = {**monitor.means(), "lr": plan.lr(step - 1), **line_pace.lap(step)}
+                metrics.write(step, epoch, means)
                 progress.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-                since, seen, batches.waited = pause, step, 0.0
-            if epoch_ends:
-                note_scores(epoch)
             if (to_save or look.save or look.stop) and not last:
                 checkpoints.save(step, judged_student(student, average, accelerator))
                 monitor.saved_now()
             if look.stop and not last:
                 raise Stopped(request.signal_number or signal.SIGTERM)
+            if epoch_ends:
+                note_scores(epoch, epoch_pace.lap(step))
             to_training(student, settings.batch_norm)  # whoever was judged was so in eval mode
-            since += time.perf_counter() - pause
+            for pace in paces:
+                pace.leave_out(time.perf_counter() - pause)
 
     judged = judged_student(student, average, accelerator)
     if accelerator.is_main_process:

@@ -30,8 +30,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def publish(temporary: Path, path: Path) -> None:
     """Flush a finished file or directory to disk and give it its final name."""
-    members = [p for p in temporary.rglob("*") if p.is_file()] if temporary.is_dir() else [temporary]
-    for member in members:
+    for member in (temporary, *temporary.rglob("*")):
         _fsync(member)
     os.replace(temporary, path)
     _fsync(path.parent)

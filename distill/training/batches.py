@@ -60,8 +60,8 @@ class Batch:
         )
 
     def to(self, device: torch.device) -> "Batch":
-        """On the device; a copy that is under way while the next batch is awaited, where memory is pinned."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        """On the device; to a GPU, from pinned memory, the copy is under way while work goes on."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
     def pin_memory(self) -> "Batch":
         """In memory that a GPU can read by itself; the loader calls this."""
@@ -138,8 +138,8 @@ class TimedBatches:
             began = time.perf_counter()
             try:
                 batch = next(batches, None)
-            except InputError as error:  # a worker's comes with its traceback; what it says is the last line
-                raise InputError(str(error).strip().splitlines()[-1].partition("InputError: ")[2] or error) from error
+            except InputError as error:  # a worker's comes with its traceback, and ends with what it says
+                raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
             self.waited += time.perf_counter() - began
             if batch is None:
                 return

@@ -1,12 +1,14 @@
 """All state of a run on disk, so that the same command goes on from it after any fault."""
 
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from zipfile import BadZipFile
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
@@ -28,14 +30,15 @@ class Checkpoints:
 
     def __init__(self, directory: Path, accelerator: Accelerator, keep: int, metadata: Mapping[str, str]) -> None:
         self.directory, self.accelerator, self.keep, self.metadata = directory, accelerator, keep, metadata
+        # What decides is kept in memory: of a disk that machines share, one may see an older state than another.
+        self.latest, self.best_miou, self.best_name = 0, -math.inf, ""
 
     def save(self, step: int, student: StudentEncoder) -> None:
         """Write the checkpoint of a step, unless it is there."""
         final, temporary = self._at(step), self.directory / f"{TEMPORARY}step"
-        there = final.exists()
-        self.accelerator.wait_for_everyone()
-        if there:
+        if step == self.latest:
             return
+        self.latest = step
         if self.accelerator.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -49,15 +52,14 @@ class Checkpoints:
             self._remove_old()
 
     def save_if_best(self, step: int, student: StudentEncoder, score: float) -> None:
-        """Keep this step's student where none before had a higher score."""
-        best = self.best()
-        self.accelerator.wait_for_everyone()  # all have looked before it changes
-        if best is None or score > best["miou"]:
-            if self.accelerator.is_main_process:  # before the checkpoint: without that it does not count
-                write_json(
-                    self.directory / "best.json", {"step": step, "miou": score, "checkpoint": self._at(step).name}
-                )
-            self.save(step, student)
+        """Keep this step's student where none before had as high a score."""
+        if score <= self.best_miou:
+            return
+        self.save(step, student)
+        self.best_miou, self.best_name = score, self._at(step).name
+        if self.accelerator.is_main_process:
+            write_json(self.directory / "best.json", {"step": step, "miou": score, "checkpoint": self.best_name})
+            self._remove_old()
 
     def restore(self, student: StudentEncoder, average: ModelEmaV3 | None) -> int:
         """Load the latest checkpoint into what was prepared, and into `average`.
@@ -72,13 +74,18 @@ class Checkpoints:
         Raises:
             InputError: it is damaged, or another student's, or not the same for all processes.
         """
-        found = self.all()
-        names = {path.name for path in found[-1:]}
-        if any(set(others) != names for others in gather_object([list(names)])):
+        found, best = self.all(), self.directory / "best.json"
+        if self.accelerator.is_main_process:
+            for leftover in self.directory.glob(f"{TEMPORARY}*"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        seen = [path.name for path in found[-1:]], read_json(best) if best.exists() else None
+        if any(others != seen for others in gather_object([seen])):
             raise InputError(f"processes find different checkpoints in {self.directory}: machines must share run_dir")
         if not found:
             return 0
         latest = found[-1]
+        if seen[1] is not None:
+            self.best_miou, self.best_name = seen[1]["miou"], seen[1]["checkpoint"]
         self.accelerator.print(f"train: going on from {latest}")
         try:
             about, kept = read_json(latest / "checkpoint.json"), load_student(latest / STUDENT)
@@ -87,6 +94,8 @@ class Checkpoints:
             self.accelerator.load_state(str(latest))
             if average is not None:
                 average.module.load_state_dict(kept.state_dict())
+        except torch.OutOfMemoryError:
+            raise  # says nothing of the file
         except (*UNREADABLE, InputError) as error:
             raise InputError(
                 f"{latest} cannot be gone on from: {first_line(error)}. Without it the run goes on from "
@@ -97,13 +106,8 @@ class Checkpoints:
                 f"train: {latest.name} was made by {about['processes']} processes, these are "
                 f"{self.accelerator.num_processes}: the images and their order are the same, the last bits are not"
             )
-        return int(about["step"])
-
-    def best(self) -> dict | None:
-        """`step`, `miou` and `checkpoint` of the student with the best masks so far, if it is there."""
-        path = self.directory / "best.json"
-        noted = read_json(path) if path.exists() else None
-        return noted if noted and (self.directory / noted["checkpoint"]).exists() else None
+        self.latest = int(about["step"])
+        return self.latest
 
     def kept(self) -> str:
         """What there is to go on from, in words."""
@@ -118,7 +122,8 @@ class Checkpoints:
         return self.directory / f"step-{step:08d}"
 
     def _remove_old(self) -> None:
-        best = self.best()
         for old in self.all()[: -self.keep]:
-            if best is None or old.name != best["checkpoint"]:
-                shutil.rmtree(old)
+            if old.name != self.best_name:
+                doomed = old.with_name(f"{TEMPORARY}{old.name}")  # half of it must not pass for a checkpoint
+                old.rename(doomed)
+                shutil.rmtree(doomed)

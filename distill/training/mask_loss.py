@@ -15,6 +15,10 @@ FOREGROUND, BACKGROUND, NO_POINT = 1, 0, -1
 """Labels of points, as SAM's prompt encoder takes them; the last is its padding."""
 
 
+EPSILON = 1e-3
+"""Of a pixel: makes the dice of two masks that are surely empty 1."""
+
+
 class MaskLoss:
     """Binary cross entropy and dice between the student's masks and the teacher's, with corrective points.
 
@@ -119,7 +123,7 @@ def mask_distance(student: torch.Tensor, teacher: torch.Tensor, inside: torch.Te
     cross_entropy = (surplus * counted).sum(dim=(-2, -1)) / counted.sum(dim=(-2, -1))
     overlap = (p * q * counted).sum(dim=(-2, -1))
     squares = ((p.square() + q.square()) * counted).sum(dim=(-2, -1))
-    return cross_entropy + 1 - 2 * overlap / squares.clamp_min(1e-6)
+    return cross_entropy + 1 - (2 * overlap + EPSILON) / (squares + EPSILON)
 
 
 def corrections(

@@ -20,6 +20,9 @@ SECONDS_BETWEEN = 1.0
 USUAL_AFTER, USUAL_OVER = 10, 100
 """Steps after which it is known what loss is usual, and over which."""
 
+MOST_LEFT_OUT = 20
+"""Steps one after the other that fp16 may leave out."""
+
 KEYS_SHOWN = 8
 
 
@@ -63,6 +66,7 @@ class Monitor:
         self.usual: deque[float] = deque(maxlen=USUAL_OVER)
         self.pending: list[Step] = []
         self.judged: list[dict[str, float]] = []
+        self.infinite = 0
 
     def add(self, step: Step, weights: Mapping[str, float]) -> bool:
         """Take note of a step, made with these weights of its losses; returns whether it is time to look, which is
@@ -119,7 +123,9 @@ class Monitor:
             wrong = f"the loss is {loss}"
         elif loss > limit:
             wrong = f"the loss is {loss:.3g}, more than {self.stop_above:g} times that of the steps before"
-        elif not math.isfinite(norm) and self.accelerator.scaler is None:  # fp16 leaves such steps out by itself
+        # With fp16 the optimizer leaves such a step out and goes on with smaller numbers.
+        self.infinite = 0 if math.isfinite(norm) else self.infinite + 1
+        if not wrong and self.infinite > (MOST_LEFT_OUT if self.accelerator.scaler is not None else 0):
             wrong = f"the gradient's norm is {norm}"
         if wrong:
             concerned = mine > limit or not math.isfinite(mine) or (math.isfinite(loss) and loss <= limit)

@@ -1,6 +1,7 @@
 """Prompts for training, drawn from an image's annotation as SAM's training draws its first ones."""
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 
 from embeddings_cache.annotations import bounding_box, decode_rle
 from embeddings_cache.codec import CacheRow
-from students import InputError, first_line
+from students import first_line
 
 BOX_NOISE, MOST_BOX_NOISE = 0.1, 20.0
 """Standard deviation of a box's corners as a share of its sides, and in pixels (arXiv:2304.02643, appendix A)."""
@@ -37,15 +38,13 @@ def sample_prompts(row: CacheRow, count: int, rounds: int, rng: np.random.Genera
     """Prompts of one image: for the larger half of `count` a point anywhere in a mask, for the rest a box around one.
 
     Masks are drawn without repetition while there are enough; an image without annotation is asked at random places.
-    The box's corners are moved as SAM's training moves them.
+    The box's corners are moved as SAM's training moves them. An annotation that cannot be decoded counts as none,
+    with a warning: it must not end a run days after it began.
 
     Args:
         count: of prompts; the result has N + M = count.
         rounds: corrections to come.
         rng: decides everything.
-
-    Raises:
-        InputError: a mask of the annotation cannot be decoded.
     """
     scale = np.array([row.input_size[1] / row.original_size[1], row.input_size[0] / row.original_size[0]])
     limits = np.array([row.input_size[1], row.input_size[0]], dtype=float)
@@ -78,13 +77,13 @@ def _some_masks(row: CacheRow, count: int, rng: np.random.Generator) -> Iterator
             if not count:
                 return
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"the annotation of {row.key} cannot be decoded: {first_line(error)}") from error
+        warnings.warn(f"the annotation of {row.key} cannot be decoded: {first_line(error)}", stacklevel=2)
 
 
 def _any_pixel(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(x, y) of the centre of one of a mask's pixels."""
+    """(x, y), the number of one of a mask's pixels: to its centre the prompt encoder comes by itself."""
     y, x = np.unravel_index(rng.choice(np.flatnonzero(mask)), mask.shape)
-    return np.array([x + 0.5, y + 0.5])
+    return np.array([x, y])
 
 
 def _any_box(limits: np.ndarray, rng: np.random.Generator) -> np.ndarray:

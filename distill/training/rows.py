@@ -46,9 +46,13 @@ def divide_rows(recipe: Recipe, cache: EmbeddingsCache, accelerator: Accelerator
     group, keys = Group(rank, ranks), cache.keys
     if recipe.cache.per_node:
         group = Group(accelerator.local_process_index, processes_here())
-        keys = sorted(gather_object(cache.keys if group.rank == 0 else []))
-        if len(keys) != len(set(keys)):
-            raise InputError(f"cache.per_node: machines share {len(keys) - len(set(keys))} images; each takes its own")
+        if sum(gather_object([group.size if group.rank == 0 else 0])) != ranks:
+            raise InputError("cache.per_node: the launcher does not say LOCAL_RANK and LOCAL_WORLD_SIZE; torchrun does")
+        everywhere = gather_object(cache.keys if group.rank == 0 else [])
+        keys = sorted(set(everywhere))
+        shared = len(everywhere) - len(keys)
+        if shared > cache.info.skipped:  # a key that two sources had, and two shards have, counts among those
+            raise InputError(f"cache.per_node: machines share {shared} images; each takes its own")
         accelerator.print(f"train: {len(keys)} of the cache's {cache.info.images} images are on the machines")
     held_out = held_out_keys(keys, recipe.data.val_images)
     watched = set(sorted(held_out)[: recipe.train.watch_images])

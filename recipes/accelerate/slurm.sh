@@ -15,10 +15,10 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # $SLURM_NODEID is each machine's own: srun's shell fills it in, not this one.
-srun --kill-on-bad-exit=1 bash -c '
+srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     exec accelerate launch --config_file recipes/accelerate/four_machines.yaml \
         --num_machines "$SLURM_NNODES" --num_processes "$((8 * SLURM_NNODES))" --machine_rank "$SLURM_NODEID" \
         --main_process_ip "$0" distill.py "$@"
-' "$first" "$@"
+' "${hosts%%$'\n'*}" "$@"

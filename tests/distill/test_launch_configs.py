@@ -11,6 +11,10 @@ from support import ROOT
 
 CONFIGS = ROOT / "recipes" / "accelerate"
 
+SRUN = """[[ $* == *--cpus-per-task=64* ]] || exit 9
+while [[ $1 == -* ]]; do shift; done
+for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done"""
+
 
 @pytest.mark.parametrize(
     ("name", "machines", "processes", "kind"),
@@ -26,12 +30,13 @@ def test_the_slurm_script_starts_every_machine_with_its_own_rank(tmp_path: Path)
     """With stand-ins for what only a cluster has: `srun` runs the command once for each of two machines."""
     for name, script in {
         "scontrol": "echo gpu07; echo gpu08",
-        "srun": 'while [[ $1 == -* ]]; do shift; done; for SLURM_NODEID in 0 1; do export SLURM_NODEID; "$@"; done',
+        "srun": SRUN,
         "accelerate": 'printf "%s|" "$@"; echo',
     }.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_NNODES": "2"}
+    environment["SLURM_CPUS_PER_TASK"] = "64"  # srun would not take it from sbatch by itself
     command = [str(CONFIGS / "slurm.sh"), "recipe=repvit_m2_3", "data.images=/data/sa 1b/*.tar"]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
     lines = [line.rstrip("|").split("|") for line in result.stdout.splitlines()]

@@ -90,7 +90,7 @@ def test_a_gradient_that_is_no_number_stops_the_run() -> None:
 
 
 def test_a_look_says_who_asked_and_whether_a_checkpoint_is_overdue() -> None:
-    monitor, request = Monitor(Accelerator(), 0.0, 1, 1e-6), StopRequest()
+    monitor, request = Monitor(Accelerator(), 0.0, 1, 1e-12), StopRequest()
     monitor.add(step_of(1, 1.0), {"mse": 1.0})
     look = monitor.look(request)
     assert (look.stop, look.save) == (False, True)

@@ -27,7 +27,7 @@ def arguments(finished_run: Path, scene_tar: Path, tmp_path: Path) -> list[str]:
         (["train.batch_size=64"], "train.batch_size=64 is more than the 20 training images in the cache"),
         (["data.val_images=24"], "data.val_images=24 leaves none of the cache's 24 images to train on"),
         (["train.trackers=[aim]"], "train.trackers: aim is not installed: pip install aim"),
-        (["stage=all", "cache.per_node=true"], "cache.per_node=true goes with stage=train alone"),
+        (["stage=all", "cache.per_node=true"], "cache.per_node=true takes shards that are there"),
         (["image_size=192"], "image_size: 128, not 192"),
     ],
 )
