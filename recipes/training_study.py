@@ -17,15 +17,16 @@ from statistics import fmean, stdev
 from embeddings_cache.overlap import available_cores
 
 VARIANTS: dict[str, list[str]] = {
-    "`mse`": [],
+    "`mse`": ["train.ignore_padding=false"],
     "`mse`, `train.ignore_padding=true`": ["train.ignore_padding=true"],
-    "`mse`, `train.ema=0.999`": ["train.ema=0.999"],
+    "`mse`, `train.ema=0.999`": ["train.ignore_padding=false", "train.ema=0.999"],
     "`mse`, the last 2 of 8 epochs with `mask: 0.1`": [
+        "train.ignore_padding=false",
         "train.epochs=6",
         "train.then=[{epochs: 2, loss: {mse: 1.0, mask: 0.1}}]",
         "train.mask_prompts=4",
     ],
-    "`mse`, `student.downsample=fuse`": ["student.downsample=fuse"],
+    "`mse`, `student.downsample=fuse`": ["train.ignore_padding=false", "student.downsample=fuse"],
 }
 
 
