@@ -150,11 +150,11 @@ def prepare(
     """The student and its optimizer as Accelerate wraps them, and the running average of its weights, if any."""
     settings = recipe.train
     student: nn.Module = build_encoder(student_config(recipe, channels), recipe.student.pretrained)
+    if settings.channels_last:
+        student = student.to(memory_format=torch.channels_last)
     average = ModelEmaV3(student, settings.ema, use_warmup=True).to(accelerator.device) if settings.ema else None
     if settings.batch_norm == "sync" and accelerator.num_processes > 1:
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-    if settings.channels_last:
-        student = student.to(memory_format=torch.channels_last)
     if settings.compile:
         student.compile()
     optimizer = torch.optim.AdamW(parameter_groups(student, settings.weight_decay), lr=settings.lr)

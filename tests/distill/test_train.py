@@ -91,7 +91,8 @@ def plain_training(recipe: Recipe) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("accumulate", "ema"), [(1, 0.0), (2, 0.7)])
 def test_equals_a_plain_pytorch_loop(accumulate: int, ema: float, recipe: Recipe) -> None:
-    recipe.train = replace(recipe.train, accumulate=accumulate, ema=ema)
+    # Adam divides by gradients near 0, and so enlarges what another memory format rounds otherwise.
+    recipe.train = replace(recipe.train, accumulate=accumulate, ema=ema, channels_last=False)
     train(recipe, create_accelerator(recipe))
     expected = plain_training(recipe)
     for name, tensor in weights(recipe.run_dir).items():
