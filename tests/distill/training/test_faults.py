@@ -123,6 +123,10 @@ def test_killed_at_any_moment_and_stopped_it_ends_with_the_same_bits(
         run = Run(arguments, tmp_path / "killed")
         running.append(run)
         run.at_step(step)
+        if step == 3:  # the trainer alone, as the system does that is out of memory: its workers live on for seconds
+            run.process.kill()
+            run.process.wait()
+            continue
         run.signal(number)
         code, errors = run.finish()
         assert not (tmp_path / "killed" / "student.safetensors").exists()
