@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from statistics import fmean
 from typing import cast
@@ -89,6 +90,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
     with (
         stop_on_request() as request,
         progress_bar(accelerator, "train", "steps", total=plan.steps, initial=step) as progress,
+        closing(iter(batches)) as stream,
     ):
         if step % plan.steps_per_epoch == 0 and not metrics.scored:
             note_scores(max(0, step // plan.steps_per_epoch - 1), pace={})
@@ -97,7 +99,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
         line_pace, epoch_pace = paces
         micro_steps: list[dict[str, torch.Tensor]] = []
         keys: list[str] = []
-        for batch in batches:
+        for batch in stream:
             epoch = step // plan.steps_per_epoch
             weights = loss_weights(recipe, epoch)
             losses, norm = learn(batch, student, optimizer, objective, weights, plan.lr(step), recipe, accelerator)
@@ -230,10 +232,12 @@ def validate(
     draws = [[(0, row) for row in rows[start : start + size]] for start in range(0, len(rows), size)]
     images = CachedImages(cache, recipe, with_prompts=False)
     errors: list[list[float]] = []
-    for batch in TimedBatches(make_loader(images, draws, recipe, accelerator.device), accelerator.device):
-        with accelerator.autocast():
-            embedding = judged(batch.encoder_input(recipe.image_size)).float()
-        errors += torch.stack(embedding_errors(embedding, batch.teacher.float()), dim=1).tolist()
+    loader = make_loader(images, draws, recipe, accelerator.device)
+    with closing(iter(TimedBatches(loader, accelerator.device))) as batches:
+        for batch in batches:
+            with accelerator.autocast():
+                embedding = judged(batch.encoder_input(recipe.image_size)).float()
+            errors += torch.stack(embedding_errors(embedding, batch.teacher.float()), dim=1).tolist()
     mse, cosine = (fmean(values) for values in zip(*gather_object(errors), strict=True))
     return {"val_mse": mse, "val_cosine": cosine}
 

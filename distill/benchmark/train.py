@@ -1,6 +1,6 @@
 """A training step: precisions, memory formats and compilation against each other, and the cache against memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -138,7 +138,7 @@ def step_in_memory(
     """A round of steps on batches that lie on the device."""
     batches = read_batches(settings, cache, device)
     kept = [next(batches) for _ in range(KEPT)]
-    batches.close()  # type: ignore[attr-defined]  # ends its workers
+    batches.close()
     return partial(learn_from, Learner(settings, variant, device), cycle(kept), settings.steps)
 
 
@@ -151,7 +151,7 @@ def step_from_cache(
     )
 
 
-def read_batches(settings: TrainBenchmark, cache: Path, device: torch.device) -> Iterator[Batch]:
+def read_batches(settings: TrainBenchmark, cache: Path, device: torch.device) -> Generator[Batch, None, None]:
     """Batches on the device, without end."""
     images = EmbeddingsCache(cache)
     plan = Plan(settings.batch_size, 1, len(images) // settings.batch_size, ENDLESS, 0, 0.0)

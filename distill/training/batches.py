@@ -1,8 +1,9 @@
 """Which images a process takes when, and how they come from the cache to the device."""
 
+import gc
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,9 @@ from embeddings_cache.reader import EmbeddingsCache
 from students import InputError
 
 WORKERS_ON_A_GPU = 4
+SECONDS_TO_SAVE = 30
+"""As long as launchers give a process between SIGTERM and SIGKILL."""
+
 PROMPTS_STREAM = 1
 """Sets the random numbers of prompts apart from those of the order."""
 
@@ -127,23 +131,32 @@ class TrainingOrder(Sampler[list[Draw]]):
 
 
 class TimedBatches:
-    """Batches on the device; `waited` adds up the seconds that were spent on waiting for them."""
+    """Batches on the device; `waited` adds up the seconds that were spent on waiting for them.
+
+    Whoever may stop early closes the iterator, which ends the workers.
+    """
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
         self.loader, self.device, self.waited = loader, device, 0.0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         batches = iter(self.loader)
-        while True:
-            began = time.perf_counter()
-            try:
-                batch = next(batches, None)
-            except InputError as error:  # a worker's comes with its traceback, and ends with what it says
-                raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
-            self.waited += time.perf_counter() - began
-            if batch is None:
-                return
-            yield batch.to(self.device)
+        try:
+            while True:
+                began, failure = time.perf_counter(), ""
+                try:
+                    batch = next(batches, None)
+                except InputError as error:  # a worker's comes with its traceback, and ends with what it says
+                    failure = str(error).rpartition("InputError: ")[2].strip()
+                if failure:
+                    gc.collect()  # the error's traceback, a cycle, would keep the workers alive
+                    raise InputError(failure)
+                self.waited += time.perf_counter() - began
+                if batch is None:
+                    return
+                yield batch.to(self.device)
+        finally:
+            del batches
 
 
 def make_loader(
@@ -169,6 +182,9 @@ def make_loader(
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole group; the trainer ends its workers when it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C and a scheduler's SIGTERM reach the whole group; the trainer ends its workers when it has saved.
+
+    One that it forgets ends by itself a while after SIGTERM.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(SECONDS_TO_SAVE))

@@ -1,6 +1,7 @@
 """Training is killed, stopped, spread over processes, and its checkpoints are damaged."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -269,6 +270,8 @@ def test_what_a_worker_meets_is_a_line(recipe: Recipe, finished_run: Path, tmp_p
     recipe.cache = replace(recipe.cache, dir=str(tmp_path / "cache"))
     recipe.train = replace(recipe.train, workers=1)
     flip_a_bit(next((tmp_path / "cache").glob("shard-*.h5")), 0)
+    before = set(multiprocessing.active_children())
     with pytest.raises(InputError, match="is damaged in row 0: its checksum does not hold") as stopped:
         train(recipe, create_accelerator(recipe))
     assert "\n" not in str(stopped.value)
+    assert set(multiprocessing.active_children()) <= before  # the workers are gone, though the traceback is kept
