@@ -45,7 +45,7 @@ def load_decoder(recipe: Recipe, cache: EmbeddingsCache, accelerator: Accelerato
     assert teacher is not None
     refuse_other_teacher(recipe, cache.info.identity, teacher)
     del teacher.image_encoder  # most of its memory; the cache has what it said
-    return teacher.requires_grad_(False).to(accelerator.device)
+    return teacher.to(accelerator.device)
 
 
 class MaskWatch:

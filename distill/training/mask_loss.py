@@ -14,7 +14,6 @@ from distill.training.prompts import MaskPrompts
 FOREGROUND, BACKGROUND, NO_POINT = 1, 0, -1
 """Labels of points, as SAM's prompt encoder takes them; the last is its padding."""
 
-
 EPSILON = 1e-3
 """Of a pixel: makes the dice of two masks that are surely empty 1."""
 
