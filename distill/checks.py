@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from omegaconf import OmegaConf
 
-from distill.schema import BATCH_NORMS, IMAGES, LOSSES, ON_REQUEST, STAGES, Recipe, numbers
+from distill.schema import BATCH_NORMS, FORMATS, IMAGES, LOSSES, ON_REQUEST, STAGES, Recipe, numbers
 from embeddings_cache.encoder import TEACHER_DTYPES
 from embeddings_cache.format import DTYPES
 from embeddings_cache.scenes import scene_count
@@ -27,14 +27,15 @@ CHOICES: dict[str, Callable[[], Sequence[str]]] = {
     "evaluate.task": lambda: ("masks",),
 }
 CHOICES_OF_EACH: dict[str, Callable[[], Sequence[str]]] = {
-    "export.formats": lambda: ("onnx",),
+    "export.formats": lambda: (*FORMATS, "all"),
     "train.trackers": lambda: sorted(LOGGER_TYPE_TO_CLASS),
 }
 
 AT_LEAST_ONE = (
     "teacher.batch_size", "data.val_images", "cache.images_per_shard", "train.batch_size",
     "train.accumulate", "train.mask_prompts", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
-    "evaluate.masks_per_image", "evaluate.grid", "predict.points_per_side",
+    "evaluate.masks_per_image", "evaluate.grid", "export.images", "export.calibration_images",
+    "predict.points_per_side",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "train.epochs", "data.max_skipped", "train.weight_decay", "train.warmup_steps", "train.workers",

@@ -15,8 +15,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from distill.cache_stages import run_precompute, run_verify
 from distill.evaluate.masks import evaluate_masks
+from distill.export.proof import ParityError
 from distill.export.published import convert
 from distill.export.stage import export
+from distill.export.subject import check_formats
 from distill.predict import predict, prompts_within, read_photograph
 from distill.recipe import STAGES, Recipe, describe_keys, list_recipes, load_recipe
 from distill.report import report
@@ -45,6 +47,7 @@ from students import InputError, build_encoder, identify
 USAGE = """\
 accelerate launch distill.py recipe=NAME [stage=STAGE] [key=value ...]
 python distill.py stage=predict run_dir=RUN image=PHOTO [point=x,y] [box=x0,y0,x1,y1]
+python distill.py stage=export checkpoint=FILE [export.formats='[onnx, coreml, ...]'] [teacher.checkpoint=FILE]
 
 Distil a SAM's image encoder. Runs all stages, each only as far as its result is missing;
 the same command goes on after any interruption. `python distill.py` does the same in one process."""
@@ -81,8 +84,8 @@ def main(arguments: list[str]) -> int:
         where = f": {error.filename}" if error.filename else ""
         print(f"distill.py: {error.strerror}{where}; the same command goes on from here", file=sys.stderr)
         return 2
-    except DamagedCache as damage:
-        print(f"distill.py: {damage}", file=sys.stderr)
+    except (DamagedCache, ParityError) as wrong:
+        print(f"distill.py: {wrong}", file=sys.stderr)
         return 1
     except Stopped as stopped:
         if not rank:  # all of them are told to stop
@@ -208,6 +211,8 @@ def check_inputs(recipe: Recipe, stages: tuple[str, ...]) -> None:
         build_encoder(student_config(recipe), pretrained if isinstance(pretrained, str) else False)
         if "precompute" not in stages:
             open_cache(recipe, partly=recipe.cache.per_node)
+    if "export" in stages:
+        check_formats(recipe)
     if "predict" in stages:
         prompts_within(recipe, read_photograph(recipe))
     if {"evaluate", "export", "report", "predict", "convert"} & set(stages):

@@ -18,13 +18,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.checks import check_recipe, nearest
 from distill.schema import IMAGES, SHAPES_THE_STUDENT, STAGES, Recipe, describe_keys, kinds
-from students import InputError, architecture_of, first_line
+from students import InputError, architecture_of, first_line, is_our_student, read_metadata
 
 __all__ = ["STAGES", "Recipe", "describe_keys", "differences", "find_recipe", "list_recipes", "load_recipe", "to_yaml"]
 
 
 def load_recipe(arguments: list[str]) -> Recipe:
-    """`["recipe=NAME", "key=value", ...]` → the resolved recipe; a `run_dir` that holds a run brings its own recipe.
+    """`["recipe=NAME", "key=value", ...]` → the resolved recipe; a `run_dir` that holds a run brings its own recipe, a
+    `checkpoint` to export the one that trained it.
 
     Raises:
         InputError: no or an unknown recipe, an unknown key, a value of the wrong type or out of range.
@@ -35,14 +36,17 @@ def load_recipe(arguments: list[str]) -> Recipe:
         if not equals:
             raise InputError(f"command line: {argument!r} is not key=value (see --help)")
         overrides[key] = value
-    if "recipe" not in overrides:
-        overrides["recipe"] = _recipe_of(overrides.get("run_dir"))
-    path = find_recipe(overrides.pop("recipe"))
-    shown = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-
     schema = OmegaConf.structured(Recipe)
-    OmegaConf.update(schema, "name", path.stem)
-    config = _merge(schema, _read_yaml(path), shown)
+    if overrides.get("stage") == "export" and "checkpoint" in overrides and not {"recipe", "run_dir"} & set(overrides):
+        shown = overrides["checkpoint"]
+        config = _merge(schema, _recipe_within(Path(shown)), shown)
+    else:
+        if "recipe" not in overrides:
+            overrides["recipe"] = _recipe_of(overrides.get("run_dir"))
+        path = find_recipe(overrides.pop("recipe"))
+        shown = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+        OmegaConf.update(schema, "name", path.stem)
+        config = _merge(schema, _read_yaml(path), shown)
     typed = {key: _parse(key, value) for key, value in overrides.items()}
     if "teacher.name" not in typed and (brought := _architecture(typed.get("teacher.checkpoint"))):
         typed["teacher.name"] = brought  # or a recipe for ViT-H would refuse mobile_sam.pt
@@ -103,6 +107,22 @@ def _architecture(checkpoint: str | None) -> str | None:
         return architecture_of(Path(checkpoint)) if checkpoint else None
     except InputError:
         return None
+
+
+def _recipe_within(checkpoint: Path) -> dict[str, Any]:
+    """The recipe in a student's metadata, or as much of one as it takes to export a checkpoint without; results go to
+    `runs/` under the file's name.
+
+    Raises:
+        InputError: there is no such file, or it is damaged.
+    """
+    kept: dict[str, Any] = {}
+    if not checkpoint.is_file():
+        raise InputError(f"no student at {checkpoint}")
+    if is_our_student(checkpoint):
+        kept = yaml.load(read_metadata(checkpoint).get("recipe", "{}"), _Loader)
+    kept.setdefault("data", {}).setdefault("images", "scenes:8")
+    return {**kept, "name": checkpoint.stem, "run_dir": f"runs/{checkpoint.stem}"}
 
 
 def _recipe_of(run_dir: str | None) -> str:

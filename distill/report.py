@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from distill.cases import Case, draw_cases
 from distill.evaluate.masks import SIZES, evaluation_inputs
+from distill.export.stage import file_line
 from distill.page import render_page
 from distill.recipe import Recipe, to_yaml
 from distill.run import as_stored, chosen_student, is_current, read_metrics, stage_times
@@ -97,10 +98,7 @@ def summary(recipe: Recipe, content: dict[str, Any]) -> str:
             if means["teacher_truth"]:
                 line += f" ({means['student_truth'] / means['teacher_truth']:.0%} of the teacher's)"
         lines.append(line)
-    for name, entry in content["export"].items():
-        difference = entry.get("parity", {}).get("max_difference")
-        parity = f", differs from PyTorch by {difference:.1g}" if difference is not None else ""
-        lines.append(f"  {name:<11} {entry['bytes'] / 1e6:.1f} MB{parity}")
+    lines += [f"  {file_line(name, entry)}" for name, entry in content["export"].items()]
     lines.append(f"  report      {Path(recipe.run_dir) / 'report' / 'index.html'}")
     return "\n".join(lines)
 

@@ -20,6 +20,20 @@ LOSSES = ("mse", "cosine", "mask")
 BATCH_NORMS = ("local", "sync", "frozen")
 """What batch norms normalise by while a student is trained."""
 
+FORMATS = {
+    "onnx": ("encoder.onnx",),
+    "onnx_fp16": ("encoder_fp16.onnx",),
+    "onnx_int8": ("encoder_int8.onnx",),
+    "onnx_decoder": ("decoder.onnx", "decoder_multimask.onnx"),
+    "cvat": ("decoder_cvat.onnx",),
+    "coreml": ("Encoder.mlpackage", "Decoder.mlpackage"),
+    "coreml_8bit": ("Encoder_8bit.mlpackage",),
+    "coreml_6bit": ("Encoder_6bit.mlpackage",),
+}
+"""What `export.formats` names, and the files that each makes."""
+
+DEFAULT_FORMATS = ("onnx", "onnx_decoder", "coreml")
+
 IMAGES = ("data.images", "evaluate.data")
 """Keys that name images."""
 
@@ -114,7 +128,10 @@ class EvaluateRecipe:
 
 @dataclass
 class ExportRecipe:
-    formats: list[str] = field(default_factory=lambda: ["onnx"])  # which files to make: onnx
+    formats: list[str] = field(default_factory=lambda: list(DEFAULT_FORMATS))  # files to make; docs/export.md; or all
+    images: int = 4  # held-out images that every file is compared with PyTorch on
+    calibration_images: int = 8  # training images that give onnx_int8 the ranges of its activations
+    dynamic_batch: bool = False  # ONNX encoders take any number of images at once, and not just one
 
 
 @dataclass

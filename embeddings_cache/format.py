@@ -7,7 +7,7 @@ DIR/skipped.jsonl            key and reason of every sample that was passed over
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -121,8 +121,13 @@ def read_info(directory: Path) -> CacheInfo | None:
 
 def software_versions() -> dict[str, str]:
     """Versions of the packages whose code shapes an embedding or a file."""
+    return installed_versions(("sam-distill", "torch", "torchvision", "segment-anything-py", "pillow", "h5py", "numpy"))
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of some packages, by name."""
     found = {}
-    for name in ("sam-distill", "torch", "torchvision", "segment-anything-py", "pillow", "h5py", "numpy"):
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -4,6 +4,7 @@ from students.architectures import PUBLISHED, VITS, architecture_name, known_arc
 from students.checkpoints import (
     architecture_of,
     identify,
+    is_our_student,
     load_checkpoint,
     load_student,
     read_metadata,
@@ -35,6 +36,7 @@ __all__ = [
     "create_student",
     "first_line",
     "identify",
+    "is_our_student",
     "known_architectures",
     "list_students",
     "load_checkpoint",

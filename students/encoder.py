@@ -19,7 +19,6 @@ from timm.models.repvit import RepVit
 from timm.models.tiny_vit import TinyVit
 from timm.utils import reparameterize_model
 from torch import nn
-from torch.nn.functional import interpolate
 
 from students.errors import InputError, first_line
 from students.imagenet import load_from_file, refuse_without_network
@@ -113,10 +112,11 @@ class StageFusion(nn.Module):
         super().__init__()
         self.middle = nn.Conv2d(middle_channels, out_channels, kernel_size=1, bias=False)
         self.last = nn.Conv2d(last_channels, out_channels, kernel_size=1, bias=False)
+        self.enlarge = nn.Upsample(scale_factor=2, mode="bicubic")
 
     def forward(self, middle: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         """(B, C₁, h, w) and (B, C₂, h/2, w/2) → (B, out_channels, h, w)."""
-        return self.middle(middle) + interpolate(self.last(last), scale_factor=2, mode="bicubic")
+        return self.middle(middle) + self.enlarge(self.last(last))
 
 
 def list_students() -> list[str]:

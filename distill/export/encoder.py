@@ -1,58 +1,149 @@
 """The encoder as other runtimes get it, and the pictures that prove an export."""
 
+import json
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
+from segment_anything.modeling.common import LayerNorm2d
 from torch import nn
+from torch.nn.functional import conv2d, layer_norm, pad, pixel_shuffle
 
 from distill.recipe import Recipe
+from embeddings_cache.codec import CacheRow, encode_pixels
 from embeddings_cache.format import read_info
-from embeddings_cache.preprocess import PIXEL_MEAN, normalize, pad_pixels, resize_longest_side, to_encoder_input
+from embeddings_cache.preprocess import PIXEL_MEAN, normalize, resize_longest_side
 from embeddings_cache.reader import EmbeddingsCache, is_complete
-from embeddings_cache.scenes import generate_scene
+from embeddings_cache.scenes import generate_scene, sa1b_annotation
 from students import StudentEncoder
 
-PICTURES = 4
+CALIBRATION_SEED = 1
+"""Of scenes to calibrate on, so that they are not those to compare on."""
 
 
 class RgbEncoder(nn.Module):
-    """A student, fused, with the normalisation inside: RGB 0–255 float32 (B, 3, S, S) → embedding (B, C, S/16, S/16).
+    """An encoder with the normalisation inside: RGB 0–255 float32 (B, 3, S, S) → embedding (B, C, S/16, S/16).
 
-    Padding has to be the mean colour, which normalises to 0.
+    Padding has to be the mean colour, which normalises to 0. A student's branches are fused.
     """
 
-    def __init__(self, student: StudentEncoder) -> None:
+    def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
-        self.encoder = student.fused()
+        fused = encoder.fused() if isinstance(encoder, StudentEncoder) else deepcopy(encoder)
+        self.encoder = for_runtimes(fused)
+        self.image_size = int(encoder.img_size)  # type: ignore[arg-type]
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return self.encoder(normalize(image))
 
 
-def pad_with_mean_colour(pixels: np.ndarray, size: int) -> torch.Tensor:
+class ChannelNorm(nn.Module):
+    """segment-anything's `LayerNorm2d`, (B, C, h, w) → (B, C, h, w), by PyTorch's layer norm.
+
+    Spelled out as a mean of squares it overflows in float16 where an activation is beyond 255; the operator computes
+    its statistics in float32.
+    """
+
+    def __init__(self, norm: LayerNorm2d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        last = x.permute(0, 2, 3, 1)
+        return layer_norm(last, self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+class BicubicDoubling(nn.Module):
+    """PyTorch's bicubic interpolation by a factor of 2 as a convolution, which every runtime has.
+
+    Output pixels lie a quarter of a pixel left and right of an input pixel, so that there are two sets of weights along
+    each axis: Keys' cubic convolution with a = −0.75 ("Cubic convolution interpolation for digital image processing",
+    1981), over the four pixels around; the border is repeated.
+    """
+
+    kernels: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        before = torch.tensor([*_cubic(0.75), 0.0], dtype=torch.float64)
+        after = before.flip(0)
+        kernels = [torch.outer(y, x) for y in (before, after) for x in (before, after)]
+        self.register_buffer("kernels", torch.stack(kernels)[:, None].float())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, h, w) → (B, C, 2h, 2w)."""
+        channels = x.shape[1]
+        phases = conv2d(pad(x, (2, 2, 2, 2), mode="replicate"), self.kernels.repeat(channels, 1, 1, 1), groups=channels)
+        return pixel_shuffle(phases, 2)
+
+
+def for_runtimes(module: nn.Module) -> nn.Module:
+    """Replace, in place, what other runtimes lack or compute less well by what comes to the same."""
+    for name, child in module.named_children():
+        if isinstance(child, LayerNorm2d):
+            setattr(module, name, ChannelNorm(child))
+        elif isinstance(child, nn.Upsample) and (child.mode, child.scale_factor) == ("bicubic", 2.0):
+            setattr(module, name, BicubicDoubling())
+        else:
+            for_runtimes(child)
+    return module
+
+
+def pad_with_mean_colour(pixels: np.ndarray, size: int) -> np.ndarray:
     """Resized RGB uint8 (h, w, 3) → float32 (1, 3, size, size), what an exported encoder takes."""
     height, width = pixels.shape[:2]
-    padded = torch.tensor(PIXEL_MEAN).view(1, 3, 1, 1).repeat(1, 1, size, size)
-    padded[0, :, :height, :width] = torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32))
+    padded = np.empty((1, 3, size, size), dtype=np.float32)
+    padded[:] = np.array(PIXEL_MEAN, dtype=np.float32)[:, None, None]
+    padded[0, :, :height, :width] = pixels.transpose(2, 0, 1)
     return padded
 
 
-def parity_pictures(recipe: Recipe, size: int) -> list[np.ndarray]:
-    """Resized pictures RGB uint8 (h, w, 3) to compare on: held-out ones of the recipe's cache, or generated scenes
-    where there is no finished cache of this size."""
+def validation_rows(recipe: Recipe, size: int) -> list[CacheRow]:
+    """Images to compare on: `export.images` held-out ones of the recipe's cache, or generated scenes where there is no
+    finished cache of this size."""
+    cache = _cache(recipe, size)
+    if cache is None:
+        return [_scene_row(size, seed) for seed in range(recipe.export.images)]
+    _, held_out = cache.split(min(recipe.data.val_images, len(cache) - 1))
+    return [cache[index] for index in held_out[: recipe.export.images]]
+
+
+def calibration_pictures(recipe: Recipe, size: int) -> list[np.ndarray]:
+    """Resized pictures RGB uint8 (h, w, 3) to find the ranges of activations with: `export.calibration_images` of those
+    that the student was trained on, or generated scenes."""
+    count = recipe.export.calibration_images
+    cache = _cache(recipe, size)
+    if cache is None:
+        return [_scene_row(size, seed, CALIBRATION_SEED).pixels() for seed in range(count)]
+    training, _ = cache.split(min(recipe.data.val_images, len(cache) - 1))
+    return [cache[index].pixels() for index in training[:count]]
+
+
+def _cache(recipe: Recipe, size: int) -> EmbeddingsCache | None:
     directory = Path(recipe.cache.dir)
     info = read_info(directory)
-    if info is not None and is_complete(directory, info) and info.identity.image_size == size:
-        cache = EmbeddingsCache(directory)
-        _, held_out = cache.split(min(recipe.data.val_images, len(cache) - 1))
-        return [cache[index].pixels() for index in held_out[:PICTURES]]
-    scenes = (generate_scene(np.random.default_rng(seed), size)[0] for seed in range(PICTURES))
-    return [resize_longest_side(scene, size) for scene in scenes]
+    if info is None or not is_complete(directory, info) or info.identity.image_size != size:
+        return None
+    cache = EmbeddingsCache(directory)
+    return cache if len(cache) > 1 else None
 
 
-@torch.no_grad()
-def reference_embedding(student: StudentEncoder, pixels: np.ndarray) -> np.ndarray:
-    """What the student itself makes of a resized picture, along the path that it was trained on; (1, C, h, w)."""
-    padded = pad_pixels(pixels, student.img_size)[None]
-    return student(to_encoder_input(padded, torch.tensor([pixels.shape[:2]]))).numpy()
+def _scene_row(size: int, seed: int, generation: int = 0) -> CacheRow:
+    scene, masks = generate_scene(np.random.default_rng([generation, seed]), size)
+    pixels = resize_longest_side(scene, size)
+    sizes = (scene.shape[0], scene.shape[1]), (pixels.shape[0], pixels.shape[1])
+    annotation = json.dumps(sa1b_annotation(seed, scene, masks))
+    return CacheRow(f"scene-{seed}", np.empty(0), encode_pixels(pixels, "png"), *sizes, annotation)
+
+
+def _cubic(t: float, a: float = -0.75) -> list[float]:
+    """Weights of the four pixels around a place that lies t behind the second."""
+
+    def near(x: float) -> float:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+
+    def far(x: float) -> float:
+        return a * (x**3 - 5 * x**2 + 8 * x - 4)
+
+    return [far(1 + t), near(t), near(1 - t), far(2 - t)]

@@ -1,97 +1,92 @@
-"""`encoder.onnx`, compared with PyTorch through ONNX Runtime before it is kept."""
+"""`encoder.onnx` and `encoder_fp16.onnx`, compared with PyTorch through ONNX Runtime before they are kept."""
 
-import logging
-import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from distill.export.encoder import RgbEncoder, pad_with_mean_colour, reference_embedding
+from distill.export.encoder import RgbEncoder, pad_with_mean_colour
+from distill.export.onnx_file import OPSET, TWO_GIGABYTES, onnx_model, open_session, quietly
+from distill.export.proof import FLOAT16, Bounds, Encode, Reference, within
 from embeddings_cache.files import whole_file
 from embeddings_cache.preprocess import PIXEL_MEAN
-from students import InputError, StudentEncoder
+from students import InputError
 
-OPSET = 18
-MAX_DIFFERENCE = 1e-3
-"""Largest absolute difference allowed; embeddings leave a LayerNorm, so their values are of order 1."""
+FLOAT32 = Bounds(max_difference=1e-3, mask_miou=0.995)
+"""Embeddings leave a LayerNorm, so their values are of order 1."""
 
 
-def export_onnx_encoder(student: StudentEncoder, path: Path, pictures: list[np.ndarray]) -> dict[str, Any]:
-    """Write an ONNX encoder; nothing is left at `path` unless it agrees with the student on every picture.
+def export_onnx_encoder(
+    model: onnx.ModelProto, reference: Reference, path: Path, float16: bool = False
+) -> dict[str, Any]:
+    """Write an ONNX encoder; nothing is left at `path` unless it agrees with PyTorch on every image.
 
     Args:
-        student: on the CPU, in eval mode.
+        model: from `encoder_model`.
+        reference: what PyTorch makes of some images.
         path: of the file.
-        pictures: resized pictures, RGB uint8 (h, w, 3).
+        float16: half of the bytes; input and output stay float32.
 
     Returns:
         Inputs, outputs and parity, for the manifest.
 
     Raises:
-        InputError: the file does not reproduce the student.
+        ParityError: the file does not reproduce the encoder.
     """
-    size = student.img_size
+    if float16:
+        with quietly("onnxruntime"):
+            model = convert_float_to_float16(deepcopy(model), keep_io_types=True, disable_shape_infer=True)
     with whole_file(path) as temporary:
-        _write(RgbEncoder(student).eval(), temporary, size)
-        difference = max_difference(student, temporary, pictures)
-        if not difference <= MAX_DIFFERENCE:
-            raise InputError(f"{path.name} differs from PyTorch by {difference:.2g} (allowed: {MAX_DIFFERENCE:g})")
-    cells = size // 16
+        onnx.save(model, temporary)
+        parity = within(path.name, reference.parity(onnx_encode(temporary)), FLOAT16 if float16 else FLOAT32)
+        return {**describe_encoder(temporary), "precision": "float16" if float16 else "float32", "parity": parity}
+
+
+def encoder_model(encoder: RgbEncoder, dynamic_batch: bool = False) -> onnx.ModelProto:
+    """An encoder in float32 with input `image` and output `image_embeddings`; `dynamic_batch`: of any number of images.
+
+    Raises:
+        InputError: it would not fit into one file.
+    """
+    if sum(parameter.numel() for parameter in encoder.parameters()) * 4 > TWO_GIGABYTES:
+        raise InputError("encoder.onnx: more weights than one ONNX file holds (2 GB)")
+    # A batch of one is what torch.export would make a constant.
+    example = torch.zeros(2 if dynamic_batch else 1, 3, encoder.image_size, encoder.image_size)
+    shapes = {"dynamic_shapes": ({0: torch.export.Dim("N")},)} if dynamic_batch else {}
+    return onnx_model(encoder, (example,), input_names=["image"], output_names=["image_embeddings"], **shapes)
+
+
+def onnx_encode(path: Path) -> Encode:
+    """An ONNX encoder as something that turns a resized picture into its embedding."""
+    session = open_session(path)
+    size = session.get_inputs()[0].shape[-1]
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        (embedding,) = session.run(["image_embeddings"], {"image": pad_with_mean_colour(pixels, size)})
+        return embedding
+
+    return encode
+
+
+def describe_encoder(path: Path) -> dict[str, Any]:
+    """Inputs and outputs of an ONNX encoder, read off the file."""
+    session: onnxruntime.InferenceSession = open_session(path)
     return {
         "format": "onnx",
         "opset": OPSET,
-        "precision": "float32",
         "inputs": {
             "image": {
-                "shape": [1, 3, size, size],
+                "shape": session.get_inputs()[0].shape,
                 "dtype": "float32",
-                "values": "RGB, 0-255; longest side resized to S, padded right and bottom with padding_colour",
+                "range": [0, 255],
+                "values": "RGB; longest side resized to S, padded right and bottom with padding_colour",
                 "padding_colour": list(PIXEL_MEAN),
             }
         },
-        "outputs": {
-            "image_embeddings": {"shape": [1, student.config.embed_dim, cells, cells], "dtype": "float32"},
-        },
-        "parity": {"max_difference": difference, "allowed": MAX_DIFFERENCE, "pictures": len(pictures)},
+        "outputs": {"image_embeddings": {"shape": session.get_outputs()[0].shape, "dtype": "float32"}},
     }
-
-
-def max_difference(student: StudentEncoder, path: Path, pictures: list[np.ndarray]) -> float:
-    """Largest |ONNX Runtime − PyTorch| over some pictures, each side prepared in its own way; NaN counts."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    differences = []
-    for picture in pictures:
-        image = pad_with_mean_colour(picture, student.img_size).numpy()
-        (embedding,) = session.run(["image_embeddings"], {"image": image})
-        differences.append(np.abs(embedding - reference_embedding(student, picture)).max())
-    return float(np.max(differences))
-
-
-def _write(encoder: RgbEncoder, path: Path, size: int) -> None:
-    example = torch.zeros(1, 3, size, size)
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                encoder,
-                (example,),
-                str(path),
-                dynamo=True,
-                verbose=False,
-                input_names=["image"],
-                output_names=["image_embeddings"],
-                opset_version=OPSET,
-                external_data=False,
-            )
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

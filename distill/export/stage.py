@@ -1,49 +1,151 @@
-"""Export: every format that the recipe names, and the manifest that describes the files."""
+"""Export: every format that the recipe names, each proven before it is kept, and the manifest that describes them."""
 
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
-import torch
 from accelerate import Accelerator
 
-from distill.export.encoder import parity_pictures
-from distill.export.onnx import export_onnx_encoder
+from distill.export.coreml import Origin, convert_encoder, export_coreml_decoder, export_coreml_encoder
+from distill.export.encoder import RgbEncoder, calibration_pictures, validation_rows
+from distill.export.files import digest, remove, size
+from distill.export.handover import write_readme
+from distill.export.onnx_decoder import export_onnx_decoder, low_res_model
+from distill.export.onnx_encoder import encoder_model, export_onnx_encoder
+from distill.export.postprocess import append_postprocessing
+from distill.export.proof import ParityError, Reference
+from distill.export.quantize import export_int8_encoder
+from distill.export.subject import Subject, load_subject, wanted_formats
 from distill.recipe import Recipe
 from distill.run import chosen_student, is_current
+from distill.schema import FORMATS
 from embeddings_cache.files import sha256, write_json
-from students import load_student
+from embeddings_cache.format import installed_versions
+
+TOOLS = (
+    "sam-distill", "torch", "timm", "segment-anything-py", "onnx", "onnxscript", "onnxruntime", "coremltools", "numpy",
+)  # fmt: skip
+
+Make = Callable[[Path], dict[str, Any]]
+"""Writes and proves a file; returns what the manifest says of it."""
 
 
 def export(recipe: Recipe, accelerator: Accelerator) -> bool:
-    """Write `export/` for the chosen student: the files and `manifest.json`; returns False where they were there.
+    """Write `export/` for the chosen student: the files, `manifest.json` and a `README.md` for whoever receives them;
+    returns False where they were there.
 
     Raises:
-        InputError: no student, or an export that does not reproduce it.
+        InputError: no student, or one that a format cannot be made of.
+        ParityError: a file does not do what the student does, and is not left behind; the others are there.
     """
     directory = Path(recipe.run_dir) / "export"
-    manifest = directory / "manifest.json"
-    inputs = {"student_sha256": sha256(chosen_student(recipe)), "export": vars(recipe.export)}
-    if is_current(manifest, inputs, accelerator):
+    inputs = export_inputs(recipe)
+    if is_current(directory / "manifest.json", inputs, accelerator):
         return False
     if accelerator.is_main_process:
-        student = load_student(chosen_student(recipe))
-        pictures = parity_pictures(recipe, student.img_size)
-        files = {}
-        if "onnx" in recipe.export.formats:
-            path = directory / "encoder.onnx"
-            described = export_onnx_encoder(student, path, pictures)
-            files[path.name] = {"sha256": sha256(path), "bytes": path.stat().st_size, **described}
-        config = student.config
-        write_json(
-            manifest,
-            {
-                "student": {"name": config.name, "image_size": config.image_size, "embed_dim": config.embed_dim},
-                "teacher": recipe.teacher.name,
-                "recipe": recipe.name,
-                "torch": torch.__version__,
-                "files": files,
-                "made_from": inputs,
-            },
-        )
-        accelerator.print(f"export: {', '.join(files)} in {directory}")
+        write_export(recipe, directory, inputs, accelerator.print)
     accelerator.wait_for_everyone()
     return True
+
+
+def export_inputs(recipe: Recipe) -> dict[str, Any]:
+    """What an export depends on; the decoder's file goes by its size and time, for it may have gigabytes."""
+    checkpoint = recipe.teacher.checkpoint
+    found = Path(checkpoint).stat() if checkpoint and Path(checkpoint).is_file() else None
+    return {
+        "student_sha256": sha256(chosen_student(recipe)),
+        "export": {**vars(recipe.export), "formats": wanted_formats(recipe)},
+        "teacher": [recipe.teacher.name, found and [found.st_size, found.st_mtime_ns]],
+    }
+
+
+def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: Any) -> None:
+    """Make, prove and describe every file, one after the other."""
+    subject = load_subject(recipe)
+    reference = Reference(subject.encoder, subject.sam, validation_rows(recipe, int(subject.encoder.img_size)))  # type: ignore[arg-type]
+    for stale in ("manifest.json", "README.md", *(name for names in FORMATS.values() for name in names)):
+        remove(directory / stale)
+    files: dict[str, dict[str, Any]] = {}
+    failures = []
+    for path, make in makers(recipe, subject, reference, directory):
+        started = time.perf_counter()
+        say(f"export: {path.name} ...")
+        try:
+            described = make(path)
+        except ParityError as error:
+            failures.append(str(error))
+            continue
+        files[path.name] = {"sha256": digest(path), "bytes": size(path), **described}
+        say(f"export: {file_line(path.name, files[path.name])} ({time.perf_counter() - started:.0f} s)")
+    manifest = {
+        "student": {
+            "name": subject.name,
+            "image_size": int(subject.encoder.img_size),  # type: ignore[arg-type]
+            "embed_dim": reference.channels,
+            "parameters": sum(parameter.numel() for parameter in subject.encoder.parameters()),
+        },
+        "teacher": subject.teacher,
+        "recipe": recipe.name,
+        "versions": installed_versions(TOOLS),
+        "files": files,
+        # Without this, the next run tries again.
+        **({"failures": failures} if failures else {"made_from": inputs}),
+    }
+    write_json(directory / "manifest.json", manifest)
+    write_readme(directory / "README.md", manifest)
+    if failures:
+        raise ParityError("; ".join(failures))
+
+
+def makers(recipe: Recipe, subject: Subject, reference: Reference, directory: Path) -> Iterator[tuple[Path, Make]]:
+    """The path of every file that is wanted, and the function that makes it; what several are made of is made once."""
+    encoder = RgbEncoder(subject.encoder).eval()
+    origin = Origin(subject.name, subject.teacher, recipe.name)
+    onnx = cache(lambda: encoder_model(encoder, recipe.export.dynamic_batch))
+    coreml = cache(lambda: convert_encoder(encoder))
+    low_res = cache(low_res_model)
+
+    def coreml_encoder(path: Path, bits: int | None = None) -> dict[str, Any]:
+        return export_coreml_encoder(coreml(), reference, path, origin, bits)
+
+    def onnx_decoder(path: Path, single: bool = True, crop: bool = False) -> dict[str, Any]:
+        model = append_postprocessing(deepcopy(low_res(subject.sam, single)), crop)
+        return export_onnx_decoder(model, reference, path)
+
+    def int8(path: Path) -> dict[str, Any]:
+        return export_int8_encoder(onnx(), reference, path, calibration_pictures(recipe, encoder.image_size))
+
+    functions: dict[str, Make] = {
+        "encoder.onnx": lambda path: export_onnx_encoder(onnx(), reference, path),
+        "encoder_fp16.onnx": lambda path: export_onnx_encoder(onnx(), reference, path, float16=True),
+        "encoder_int8.onnx": int8,
+        "decoder.onnx": onnx_decoder,
+        "decoder_multimask.onnx": partial(onnx_decoder, single=False),
+        "decoder_cvat.onnx": partial(onnx_decoder, crop=True),
+        "Encoder.mlpackage": coreml_encoder,
+        "Encoder_8bit.mlpackage": partial(coreml_encoder, bits=8),
+        "Encoder_6bit.mlpackage": partial(coreml_encoder, bits=6),
+        "Decoder.mlpackage": partial(export_coreml_decoder, reference, origin=origin),
+    }
+    for name in (name for kind in wanted_formats(recipe) for name in FORMATS[kind]):
+        yield directory / name, functions[name]
+
+
+def file_line(name: str, entry: dict[str, Any]) -> str:
+    """A file in a line: size and how it compares with PyTorch."""
+    parity = entry["parity"]
+    words = [f"{entry['bytes'] / 1e6:.1f} MB"]
+    if "relative_error" in parity:
+        words.append(f"relative error {parity['relative_error']:.1g}")
+    else:
+        words.append(f"differs from PyTorch by {parity['max_difference']:.1g}")
+    if parity["mask_miou"] is not None:
+        words.append(f"mask mIoU {parity['mask_miou']:.4f}")
+    if (empty := parity.get("empty_masks", 0)) and empty > parity["masks"] / 2:
+        words.append(f"{empty} of {parity['masks']} masks are empty")
+    if entry.get("operators_in_float"):
+        words.append(f"{len(entry['operators_in_float'])} operators stay float")
+    return f"{name:<22} {', '.join(words)}"

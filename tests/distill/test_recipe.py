@@ -97,7 +97,7 @@ def test_command_line_values(argument: str, key: str, value: object) -> None:
         (["recipe=quickstart", "train.ema=1"], "command line: train.ema=1.0 is not below 1"),
         (["recipe=quickstart", "train.stop_above=0.5"], "train.stop_above=0.5 would stop every run"),
         (["recipe=quickstart", "train.keep_checkpoints=0"], "train.keep_checkpoints=0 is less than 1"),
-        (["recipe=quickstart", "export.formats=[coreml]"], "command line: export.formats=coreml is not known"),
+        (["recipe=quickstart", "export.formats=[coremll]"], "command line: export.formats=coremll is not known"),
         (["recipe=quickstart", "train.batch_size=9", "train.accumulate=2"], "9 does not divide by train.accumulate=2"),
         (["recipe=quickstart", "run_dir=${nowhere}"], "Interpolation key 'nowhere' not found"),
     ],

@@ -17,6 +17,8 @@ TINY = (
     "student.overrides={widths: [8, 16, 24, 32], depths: [1, 1, 1, 1]}",
     "teacher.batch_size=4",
     "train.workers=1",
+    "export.formats=[onnx]",
+    "export.images=2",
 )
 """A recipe that runs every stage in seconds; `data.images`, `run_dir` and `cache.dir` are still to be given."""
 

@@ -1,0 +1,96 @@
+"""SAM's prompt encoder and mask decoder as one graph, for other runtimes.
+
+The contract is that of segment-anything's `SamOnnxModel`, so that whatever reads its decoder reads ours; what comes out
+is `SamPredictor`'s.
+"""
+
+import math
+from copy import deepcopy
+
+import torch
+from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
+from torch import nn
+
+from distill.export.encoder import for_runtimes
+
+MASKS = 4
+"""Masks that the decoder makes of a prompt: the one for clear prompts, and three for ambiguous ones."""
+
+PAD, BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3
+"""Labels of points. A prompt without a box ends in a point (0, 0) labelled PAD, as SAM was trained."""
+
+
+class PromptDecoder(nn.Module):
+    """Embedding and prompt of one object → its low-resolution masks.
+
+    Args:
+        sam: whose prompt encoder and mask decoder.
+        single: give one mask, as segment-anything's `return_single_mask`: a box alone, or up to one point and its
+            padding, counts as ambiguous, and of the three masks the one with the highest predicted IoU is taken; more
+            points are clear, and the first mask is.
+    """
+
+    prompt_encoder: PromptEncoder
+    mask_decoder: MaskDecoder
+    image_pe: torch.Tensor
+
+    def __init__(self, sam: Sam, single: bool = False) -> None:
+        super().__init__()
+        self.single = single
+        self.prompt_encoder = for_runtimes(deepcopy(sam.prompt_encoder))
+        self.mask_decoder = for_runtimes(deepcopy(sam.mask_decoder))
+        self.image_size = sam.prompt_encoder.input_image_size[0]
+        self.register_buffer("image_pe", sam.prompt_encoder.get_dense_pe().detach())
+
+    def forward(
+        self,
+        image_embeddings: torch.Tensor,
+        point_coords: torch.Tensor,
+        point_labels: torch.Tensor,
+        mask_input: torch.Tensor | None = None,
+        has_mask_input: torch.Tensor | float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decode one prompt.
+
+        Args:
+            image_embeddings: float32 (1, C, h, w).
+            point_coords: float32 (1, N, 2), x and y in pixels of the resized image.
+            point_labels: float32 (1, N): `FOREGROUND` and so on.
+            mask_input: float32 (1, 1, 4h, 4w), an earlier low-resolution mask; without it there is none.
+            has_mask_input: float32 (1,), 1 where `mask_input` is to be heeded, else 0.
+
+        Returns:
+            Logits (1, 4, 4h, 4w) and predicted IoUs (1, 4), the mask for clear prompts first; with `single`
+            (1, 1, 4h, 4w) and (1, 1).
+        """
+        dense = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        if mask_input is not None:
+            embedded = self.prompt_encoder.mask_downscaling(mask_input)
+            dense = has_mask_input * embedded + (1 - has_mask_input) * dense
+        masks, ious = self.mask_decoder.predict_masks(
+            image_embeddings=image_embeddings,
+            image_pe=self.image_pe,
+            sparse_prompt_embeddings=self.embed_points(point_coords, point_labels),
+            dense_prompt_embeddings=dense,
+        )
+        if not self.single:
+            return masks, ious
+        clear_first = torch.tensor([1000.0, 0.0, 0.0, 0.0])  # segment-anything's way to choose without a branch
+        best = (ious + (point_coords.shape[1] - 2.5) * clear_first).argmax(dim=1)
+        return masks.index_select(1, best), ious.index_select(1, best)
+
+    def embed_points(self, coords: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """`PromptEncoder`'s points and box corners, (1, N, 2) and (1, N) → (1, N, C), without control flow.
+
+        Positions are random Fourier features (arXiv:2304.02643, appendix A; arXiv:2006.10739), and each label adds an
+        embedding of its own. A padding point has no position.
+        """
+        encoder = self.prompt_encoder
+        centres = 2 * ((coords + 0.5) / self.image_size) - 1
+        angles = 2 * math.pi * (centres @ encoder.pe_layer.positional_encoding_gaussian_matrix)
+        labels = labels.unsqueeze(-1)
+        embedded = torch.cat([angles.sin(), angles.cos()], dim=-1) * (labels != PAD)
+        embedded = embedded + encoder.not_a_point_embed.weight * (labels == PAD)
+        for label, embedding in enumerate(encoder.point_embeddings):
+            embedded = embedded + embedding.weight * (labels == label)
+        return embedded

@@ -1,0 +1,61 @@
+"""ONNX files: how every one of them is written and run."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+OPSET = 20
+"""Of every file; the runtimes of phones, browsers and TensorRT know it."""
+
+TWO_GIGABYTES = 2**31
+"""What a protobuf, and so one ONNX file, may hold."""
+
+
+def onnx_model(module: nn.Module, example: tuple[torch.Tensor, ...], **options: Any) -> onnx.ModelProto:
+    """A module as an ONNX model, without what the exporter says and notes; `options` as for `torch.onnx.export`."""
+    with quietly("torch.onnx", "onnxscript", "onnx_ir"), torch.no_grad():
+        program = torch.onnx.export(module, example, dynamo=True, verbose=False, opset_version=OPSET, **options)
+    assert program is not None
+    return without_traces(program.model_proto)
+
+
+def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Leave out where in the source each operator comes from: paths of this machine, and a third of a small file."""
+    for entry in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        entry.ClearField("metadata_props")
+        entry.ClearField("doc_string")
+    return model
+
+
+def open_session(path: Path, **options: Any) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU, which only reports errors; `options` are `SessionOptions`' attributes."""
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.intra_op_num_threads = torch.get_num_threads()
+    for name, value in options.items():
+        setattr(settings, name, value)
+    return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def quietly(*loggers: str) -> Iterator[None]:
+    """Only errors of some loggers, and no warnings."""
+    found = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in found]
+    for logger in found:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(found, levels, strict=True):
+            logger.setLevel(level)

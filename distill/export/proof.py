@@ -1,0 +1,134 @@
+"""The proof that an exported encoder is the student: embeddings, and the masks that the decoder makes of them.
+
+A file gets its final name only after it. The student itself goes along the path that it was trained on; the file gets
+what its reader will give it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from segment_anything.modeling import Sam
+from torch import nn
+
+from distill.evaluate.masks import make_prompts, mask_iou, predict_masks
+from distill.schema import EvaluateRecipe
+from embeddings_cache.codec import CacheRow
+from embeddings_cache.preprocess import pad_pixels, to_encoder_input
+from students import InputError
+
+PROMPTS = EvaluateRecipe(masks_per_image=5, grid=3)
+"""Prompts of each kind an image; side of the grid where there is no annotation."""
+
+Encode = Callable[[np.ndarray], np.ndarray]
+"""A resized picture, RGB uint8 (h, w, 3) → its embedding, float32 (1, C, S/16, S/16)."""
+
+
+class ParityError(Exception):
+    """A file does not do what the student does. The message is one line; exit code 1."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a file may differ by; None where a figure is told and not bounded."""
+
+    max_difference: float | None = None
+    relative_error: float | None = None
+    mask_miou: float | None = None
+
+
+FLOAT16 = Bounds(relative_error=1e-2, mask_miou=0.995)
+"""Of everything that computes in float16."""
+
+
+class Reference:
+    """What PyTorch makes of some images: the measure for every file.
+
+    Args:
+        encoder: normalised (1, 3, S, S) → (1, C, S/16, S/16), with an attribute `img_size`; on the CPU, in eval mode.
+        decoder: whose prompt encoder and mask decoder make the masks; None where there is none.
+        rows: the images, at least one.
+
+    Raises:
+        InputError: the encoder makes numbers that are not finite.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: Sam | None, rows: list[CacheRow]) -> None:
+        self.decoder, self.rows = decoder, rows
+        self.image_size = int(encoder.img_size)  # type: ignore[arg-type]
+        self.embeddings = [_embed(encoder, row) for row in rows]
+        self.channels = self.embeddings[0].shape[1]
+        self.masks = [list(self._decode(*pair)) for pair in zip(rows, self.embeddings, strict=True)]
+
+    def parity(self, encode: Encode) -> dict[str, Any]:
+        """How an encoder compares: the largest difference and the largest relative error ‖a − b‖ / ‖b‖ of an image's
+        embedding, and the mean IoU of the masks from points and boxes; NaN wherever the file makes one.
+
+        Of `masks`, `empty_masks` are empty in PyTorch, where equal emptiness counts as 1 and proves little.
+        """
+        differences, errors, ious = [], [], []
+        for row, expected, masks in zip(self.rows, self.embeddings, self.masks, strict=True):
+            embedding = encode(row.pixels())
+            if embedding.shape != expected.shape:
+                raise ParityError(f"makes {embedding.shape}, PyTorch {expected.shape}")
+            apart = embedding - expected
+            differences.append(np.abs(apart).max())
+            errors.append(np.linalg.norm(apart) / np.linalg.norm(expected))
+            ious += [mask_iou(*pair) for pair in zip(self._decode(row, embedding), masks, strict=True)]
+        return {
+            "images": len(self.rows),
+            "max_difference": float(np.max(differences)),
+            "relative_error": float(np.max(errors)),
+            "masks": len(ious),
+            "empty_masks": sum(not mask.any() for masks in self.masks for mask in masks),
+            "mask_miou": fmean(ious) if ious else None,
+        }
+
+    def relative_error(self, encode: Encode) -> float:
+        """The relative error of the first image's embedding, without any masks."""
+        expected = self.embeddings[0]
+        return float(np.linalg.norm(encode(self.rows[0].pixels()) - expected) / np.linalg.norm(expected))
+
+    def _decode(self, row: CacheRow, embedding: np.ndarray) -> Iterator[np.ndarray]:
+        """Boolean (H, W) for each point of the image's prompts, then for each box."""
+        if self.decoder is None:
+            return
+        prompts = make_prompts(row, PROMPTS)
+        tensor = torch.from_numpy(embedding)
+        yield from predict_masks(self.decoder, tensor, row, points=prompts.points)
+        if prompts.boxes is not None:
+            yield from predict_masks(self.decoder, tensor, row, boxes=prompts.boxes)
+
+
+def within(name: str, parity: dict[str, Any], bounds: Bounds) -> dict[str, Any]:
+    """The parity with its bounds, for the manifest.
+
+    Raises:
+        ParityError: it is out of bounds, or not a number.
+    """
+    allowed = {key: bound for key, bound in asdict(bounds).items() if bound is not None}
+    for key, bound in allowed.items():
+        value = parity[key]
+        if value is None:
+            continue
+        if not (value >= bound if key == "mask_miou" else value <= bound):
+            sign = "at least" if key == "mask_miou" else "at most"
+            raise ParityError(f"{name} differs from PyTorch: {_WORDS[key]} {value:.3g}, allowed is {sign} {bound:g}")
+    return {**parity, "allowed": allowed}
+
+
+_WORDS = {"max_difference": "by", "relative_error": "relative error", "mask_miou": "mask mIoU"}
+
+
+@torch.no_grad()
+def _embed(encoder: nn.Module, row: CacheRow) -> np.ndarray:
+    pixels = row.pixels()
+    padded = pad_pixels(pixels, int(encoder.img_size))[None]  # type: ignore[arg-type]
+    image = to_encoder_input(padded, torch.tensor([pixels.shape[:2]])).contiguous(memory_format=torch.channels_last)
+    embedding = encoder(image).float().contiguous().numpy()
+    if not np.isfinite(embedding).all():
+        raise InputError(f"the student itself makes numbers of {row.key} that are not finite: it cannot be exported")
+    return embedding

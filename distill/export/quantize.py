@@ -1,0 +1,169 @@
+"""`encoder_int8.onnx`: 8-bit weights and activations, with as many layers left in float as the masks need.
+
+Static quantisation by ONNX Runtime (QDQ, weights for each output channel; arXiv:2004.09602, sections 3 and 4).
+Weights keep to 7 bits, because the products of 8 overflow on x86 processors without VNNI: a file that is right here is
+then right everywhere.
+"""
+
+import copy
+from collections.abc import Iterator
+from math import ceil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import create_calibrator
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from distill.export.encoder import pad_with_mean_colour
+from distill.export.onnx_encoder import describe_encoder, onnx_encode
+from distill.export.onnx_file import open_session, quietly
+from distill.export.proof import Bounds, ParityError, Reference, within
+from embeddings_cache.files import whole_file
+
+INT8 = Bounds(mask_miou=0.98)
+
+QUANTIZED = ("Conv", "MatMul", "Gemm", "Add", "Mul", "Relu", "Sigmoid", "ReduceMean")
+"""Softmax, norms and GELU stay float: they cost little, and their ranges do not fit 8 bits well."""
+
+GROUPS = 16
+"""Of neighbouring operators, which go back to float together."""
+
+IN_FLOAT = (0, 1, 2, 4, 8, 12)
+"""Groups that stay float, tried in turn."""
+
+FRUGAL: dict[str, Any] = {
+    "execution_order": onnxruntime.ExecutionOrder.PRIORITY_BASED,
+    "graph_optimization_level": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+"""For calibration: each activation is measured as soon as it is there. In ONNX Runtime's usual order all are kept until
+the end: 8 GB for RepViT-M2.3 at 1024 px instead of 1.5, and three times as slow."""
+
+
+class Pictures(CalibrationDataReader):
+    """Resized pictures, RGB uint8 (h, w, 3), as ONNX Runtime's calibration asks for them."""
+
+    def __init__(self, pictures: list[np.ndarray], size: int) -> None:
+        self.feeds: Iterator[dict[str, np.ndarray]] = ({"image": pad_with_mean_colour(p, size)} for p in pictures)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self.feeds, None)
+
+
+def export_int8_encoder(
+    model: onnx.ModelProto, reference: Reference, path: Path, pictures: list[np.ndarray]
+) -> dict[str, Any]:
+    """Write an ONNX encoder in 8 bits; where its masks differ too much from PyTorch's, layers go back to float32, those
+    that matter most first, until they do not.
+
+    Args:
+        model: from `encoder_model`.
+        reference: what PyTorch makes of some images, with a decoder.
+        path: of the file.
+        pictures: RGB uint8 (h, w, 3) to find the ranges of activations with; not those of the reference.
+
+    Returns:
+        Inputs, outputs, parity, and the names of the operators that stayed float, for the manifest.
+
+    Raises:
+        ParityError: three quarters of the operators in float are not enough.
+    """
+    size = model.graph.input[0].type.tensor_type.shape.dim[-1].dim_value
+    with whole_file(path) as temporary, TemporaryDirectory(dir=path.parent, prefix=".tmp-") as scratch, quietly("root"):
+        prepared = Path(scratch) / "prepared.onnx"
+        onnx.save(model, prepared)
+        quant_pre_process(str(prepared), str(prepared), skip_symbolic_shape=True)
+        ranges = calibrate(prepared, Pictures(pictures, size))
+        ranking: list[list[str]] = []
+        for count in IN_FLOAT:
+            if count and not ranking:
+                ranking = rank_groups(prepared, ranges, pad_with_mean_colour(pictures[0], size))
+            in_float = [name for group in ranking[:count] for name in group]
+            quantize(prepared, temporary, ranges, in_float)
+            parity = reference.parity(onnx_encode(temporary))
+            try:
+                parity = within(path.name, parity, INT8)
+                break
+            except ParityError:
+                if count == IN_FLOAT[-1]:
+                    raise
+        return {
+            **describe_encoder(temporary),
+            "precision": "int8",
+            "operators_in_float": sorted(in_float),
+            "operators_in_int8": len(quantizable(prepared)) - len(in_float),
+            "calibration_images": len(pictures),
+            "parity": parity,
+        }
+
+
+def calibrate(model: Path, pictures: Pictures) -> Any:
+    """The smallest and largest value of every activation, averaged over some pictures: a rare outlier is cut off rather
+    than coarsening everything else."""
+    augmented = model.with_name("augmented.onnx")
+    calibrator = create_calibrator(
+        str(model),
+        list(QUANTIZED),
+        str(augmented),
+        calibrate_method=CalibrationMethod.MinMax,
+        extra_options={"moving_average": True},
+    )
+    calibrator.infer_session = open_session(augmented, **FRUGAL)
+    calibrator.collect_data(pictures)
+    return calibrator.compute_data()
+
+
+def quantize(model: Path, path: Path, ranges: Any, in_float: list[str]) -> None:
+    """Write `model` in 8 bits, but for the operators with these names."""
+    quantizer = QDQQuantizer(
+        onnx.load(model),
+        True,  # weights for each channel
+        True,  # weights of 7 bits
+        QuantType.QInt8,
+        QuantType.QUInt8,
+        copy.deepcopy(ranges),
+        quantizable(model),
+        in_float,
+        list(QUANTIZED),
+        {},
+    )
+    quantizer.quantize_model()
+    quantizer.model.save_model_to_file(str(path))
+
+
+def quantizable(model: Path) -> list[str]:
+    """Names of the operators that 8 bits are for: all of their kinds, but for products of two activations, as in
+    attention; ONNX Runtime's optimiser (1.31) makes something else of these and the sums behind them."""
+    graph = onnx.load(model).graph
+    weights = {entry.name for entry in graph.initializer}
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type in QUANTIZED and (node.op_type != "MatMul" or weights & set(node.input))
+    ]
+
+
+def rank_groups(model: Path, ranges: Any, image: np.ndarray) -> list[list[str]]:
+    """Names of the operators in groups of neighbours, first the group that changes the embedding most where it alone is
+    in 8 bits: what happens within a layer says little about what becomes of it further on.
+
+    Args:
+        model: in float32.
+        ranges: from `calibrate`.
+        image: float32 (1, 3, S, S), padded.
+    """
+    names = quantizable(model)
+    size = ceil(len(names) / GROUPS)
+    groups = [names[first : first + size] for first in range(0, len(names), size)]
+    expected = open_session(model).run(None, {"image": image})[0]
+    path = model.with_name("group.onnx")
+    effects = []
+    for group in groups:
+        quantize(model, path, ranges, [name for name in names if name not in group])
+        effects.append(float(np.linalg.norm(open_session(path).run(None, {"image": image})[0] - expected)))
+    return [group for _, group in sorted(zip(effects, groups, strict=True), key=lambda pair: -pair[0])]

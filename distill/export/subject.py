@@ -1,0 +1,109 @@
+"""What is exported: an encoder from any checkpoint that loads, and the decoder that belongs to it."""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from segment_anything.modeling import Sam
+from torch import nn
+
+from distill.recipe import Recipe
+from distill.run import chosen_student
+from distill.schema import FORMATS
+from embeddings_cache.teacher import load_teacher
+from students import (
+    InputError,
+    StudentEncoder,
+    build_student_sam,
+    identify,
+    is_our_student,
+    load_checkpoint,
+    load_student,
+    read_metadata,
+)
+
+NEED_MASKS = ("onnx_int8", "onnx_decoder", "cvat", "coreml")
+"""Formats that hold a decoder, or whose proof needs one."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An encoder in eval mode on the CPU, and a `Sam` around it with the decoder; None where there is no decoder.
+
+    `teacher` is whose decoder that is, or would be.
+    """
+
+    name: str
+    teacher: str
+    encoder: nn.Module
+    sam: Sam | None
+
+
+def wanted_formats(recipe: Recipe) -> list[str]:
+    """`export.formats`, each once and in the order of `FORMATS`."""
+    asked = recipe.export.formats
+    return [name for name in FORMATS if name in asked or "all" in asked]
+
+
+def check_formats(recipe: Recipe) -> None:
+    """Refuse formats that cannot be made here, before anything else is done.
+
+    Raises:
+        InputError: coremltools is not installed, or there is no decoder.
+    """
+    formats = wanted_formats(recipe)
+    coreml = [name for name in formats if name.startswith("coreml")]
+    if coreml and find_spec("coremltools") is None:
+        raise InputError(
+            f"export.formats: {', '.join(coreml)} needs coremltools, which is not installed (pip install coremltools; "
+            "there is none for Windows); name the other formats to do without"
+        )
+    need = [name for name in formats if name in NEED_MASKS]
+    if need and not _decoder_expected(recipe):
+        raise InputError(
+            f"export.formats: {', '.join(need)} needs the teacher's mask decoder: teacher.checkpoint=FILE; "
+            "without it export.formats=[onnx, onnx_fp16] compares embeddings alone"
+        )
+
+
+def load_subject(recipe: Recipe) -> Subject:
+    """The chosen student with the teacher's decoder; or a publisher's checkpoint with its own.
+
+    Raises:
+        InputError: there is none, it is damaged or was not trained, or it does not fit the decoder.
+    """
+    path = chosen_student(recipe)
+    if not is_our_student(path):
+        sam = load_checkpoint(path)
+        name, has_decoder = identify(path)
+        return Subject(name, name, sam.image_encoder, sam if has_decoder else None)
+    student = load_student(path)
+    if read_metadata(path).get("steps") == "0":
+        raise InputError(f"{path} was not trained: it holds the weights that training starts from")
+    sam = _with_decoder(student, path, recipe) if _has_teacher(recipe) else None
+    return Subject(student.config.name, recipe.teacher.name, student, sam)
+
+
+def _with_decoder(student: StudentEncoder, path: Path, recipe: Recipe) -> Sam | None:
+    teacher = recipe.teacher
+    if teacher.checkpoint is not None and not identify(Path(teacher.checkpoint))[1]:
+        return None
+    sam = load_teacher(teacher.name, teacher.checkpoint, student.img_size)
+    try:
+        return build_student_sam(student, sam)
+    except ValueError as error:
+        raise InputError(f"{path} does not fit teacher {teacher.name}: {error}") from error
+
+
+def _has_teacher(recipe: Recipe) -> bool:
+    checkpoint = recipe.teacher.checkpoint
+    return recipe.teacher.name == "toy" or (checkpoint is not None and Path(checkpoint).is_file())
+
+
+def _decoder_expected(recipe: Recipe) -> bool:
+    """Whether there will be a decoder, as far as the files tell that are there already."""
+    own = Path(recipe.checkpoint) if recipe.checkpoint else None
+    if own is not None and own.is_file() and not is_our_student(own):
+        return identify(own)[1]
+    checkpoint = recipe.teacher.checkpoint
+    return _has_teacher(recipe) and (checkpoint is None or identify(Path(checkpoint))[1])
