@@ -18,14 +18,16 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from distill.evaluate.masks import mask_iou
-from distill.export.coreml_check import MilProgram, predict_with_coreml, require_coremltools, runtime_available
+from distill.export.coreml_check import CoremlRuntime, MilProgram, require_coremltools, runtime_available
 from distill.export.decoder import MASKS, PromptDecoder
 from distill.export.encoder import RgbEncoder
 from distill.export.files import whole_directory
 from distill.export.onnx_file import quietly
 from distill.export.prompts import place_embedding, points_of, predicted, prompts_of
 from distill.export.proof import FLOAT16, Bounds, Encode, Reference, within
+from embeddings_cache.overlap import available_cores
 from embeddings_cache.preprocess import PIXEL_MEAN
+from students import InputError, first_line
 
 PADDING_COLOUR = tuple(round(channel) for channel in PIXEL_MEAN)
 """The mean colour in 8 bits; what is lost by rounding it is part of every figure here."""
@@ -35,6 +37,9 @@ COMPRESSED = Bounds(mask_miou=0.98)
 
 MAX_POINTS = 18
 """16 points, and a box as two."""
+
+
+Program = MilProgram | CoremlRuntime
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ def export_coreml_encoder(
         exact = coreml_encode(MilProgram(temporary, float16=False), size)
         parity["relative_error_in_float32"] = reference.relative_error(exact)
         if runtime_available():
-            parity["runtime"] = reference.parity(runtime_encode(temporary, size))
+            parity["runtime"] = reference.parity(coreml_encode(CoremlRuntime(temporary), size))
             within(path.name, parity["runtime"], COMPRESSED if bits else FLOAT16)
         parity = within(path.name, parity, COMPRESSED if bits else FLOAT16)
     cells = size // 16
@@ -132,7 +137,7 @@ def export_coreml_decoder(reference: Reference, path: Path, origin: Origin) -> d
         model.save(str(temporary))
         parity = within(path.name, decoder_parity(MilProgram(temporary), reference), FLOAT16)
         if runtime_available():
-            parity["runtime"] = decoder_parity(lambda inputs: predict_with_coreml(temporary, inputs), reference)
+            parity["runtime"] = decoder_parity(CoremlRuntime(temporary), reference)
             within(path.name, parity["runtime"], FLOAT16)
     channels, cells = sam.prompt_encoder.embed_dim, sam.prompt_encoder.image_embedding_size[0]
     shapes: dict[str, tuple[list[Any], str]] = {
@@ -199,20 +204,13 @@ def compress(model: Any, bits: int | None) -> Any:
         if bits == 8:
             config = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", granularity="per_channel")
             return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(global_config=config))
-        config = optimize.OpPalettizerConfig(mode="kmeans", nbits=bits)
+        config = optimize.OpPalettizerConfig(mode="kmeans", nbits=bits, num_kmeans_workers=available_cores())
         return optimize.palettize_weights(model, optimize.OptimizationConfig(global_config=config))
 
 
-def coreml_encode(program: MilProgram, size: int) -> Encode:
-    """A package that torch executes, as something that turns a resized picture into its embedding."""
+def coreml_encode(program: Program, size: int) -> Encode:
+    """A package that runs, as something that turns a resized picture into its embedding."""
     return lambda pixels: program({"image": pad_with_rounded_mean(pixels, size)})["image_embeddings"]
-
-
-def runtime_encode(package: Path, size: int) -> Encode:
-    """The same by Core ML itself; on a Mac."""
-    return lambda pixels: predict_with_coreml(package, {"image": pad_with_rounded_mean(pixels, size)})[
-        "image_embeddings"
-    ]
 
 
 def pad_with_rounded_mean(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -223,7 +221,7 @@ def pad_with_rounded_mean(pixels: np.ndarray, size: int) -> np.ndarray:
     return padded
 
 
-def decoder_parity(decode: Any, reference: Reference) -> dict[str, Any]:
+def decoder_parity(decode: Program, reference: Reference) -> dict[str, Any]:
     """A decoder against `SamPredictor`: the largest relative error of low-resolution logits, and the mean IoU
     of the masks that these become at the image's size."""
     assert reference.decoder is not None
@@ -260,15 +258,18 @@ def _convert(
     ct = require_coremltools()
     with _silent(), torch.no_grad():
         program = torch.export.export(module, example, dynamic_shapes=dynamic_shapes).run_decompositions({})
-        return ct.convert(
-            program,
-            inputs=inputs,
-            outputs=[ct.TensorType(name=name) for name in outputs],
-            convert_to="mlprogram",
-            minimum_deployment_target=ct.target.iOS16,
-            compute_precision=precision or ct.precision.FLOAT16,
-            skip_model_load=True,
-        )
+        try:
+            return ct.convert(
+                program,
+                inputs=inputs,
+                outputs=[ct.TensorType(name=name) for name in outputs],
+                convert_to="mlprogram",
+                minimum_deployment_target=ct.target.iOS16,
+                compute_precision=precision or ct.precision.FLOAT16,
+                skip_model_load=True,
+            )
+        except NotImplementedError as error:  # an operator that coremltools does not know
+            raise InputError(f"coremltools cannot convert this model: {first_line(error)}") from error
 
 
 def _without_angles() -> Any:

@@ -196,25 +196,29 @@ def runtime_available() -> bool:
     return platform.system() == "Darwin"
 
 
-def predict_with_coreml(package: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What Core ML itself computes, on the device that it chooses; arguments and result as for `MilProgram`.
+class CoremlRuntime:
+    """A package run by Core ML itself, on the device that it chooses; called as `MilProgram` is.
 
     Raises:
         InputError: this is not macOS, or as for `MilProgram`.
     """
-    if not runtime_available():
-        raise InputError("Core ML runs on macOS only")
-    expected = _inputs(package, _open(package)[1])
-    check_inputs(package, expected, inputs)
-    given = {
-        name: Image.fromarray(array[0].transpose(1, 2, 0).astype(np.uint8)) if expected[name].image else array
-        for name, array in inputs.items()
-    }
-    predicted = require_coremltools().models.MLModel(str(package)).predict(given)
-    return {
-        name: np.asarray(value, None if np.asarray(value).dtype.kind in "iub" else np.float32)
-        for name, value in predicted.items()
-    }
+
+    def __init__(self, package: Path) -> None:
+        if not runtime_available():
+            raise InputError("Core ML runs on macOS only")
+        self.package = package
+        self.inputs = _inputs(package, _open(package)[1])
+        self.model = require_coremltools().models.MLModel(str(package))
+
+    def __call__(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """By name; floats as float32."""
+        check_inputs(self.package, self.inputs, inputs)
+        given = {
+            name: Image.fromarray(array[0].transpose(1, 2, 0).astype(np.uint8)) if self.inputs[name].image else array
+            for name, array in inputs.items()
+        }
+        predicted = {name: np.asarray(value) for name, value in self.model.predict(given).items()}
+        return {name: made if made.dtype.kind in "iub" else made.astype(np.float32) for name, made in predicted.items()}
 
 
 def require_coremltools() -> Any:

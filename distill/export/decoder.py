@@ -76,7 +76,8 @@ class PromptDecoder(nn.Module):
         if not self.single:
             return masks, ious
         clear_first = torch.tensor([1000.0, 0.0, 0.0, 0.0])  # segment-anything's way to choose without a branch
-        best = (ious + (point_coords.shape[1] - 2.5) * clear_first).argmax(dim=1)
+        points = torch.ones_like(point_labels).sum(dim=1)  # PyTorch 2.7's exporter cannot calculate with a shape
+        best = (ious + (points - 2.5) * clear_first).argmax(dim=1)
         return masks.index_select(1, best), ious.index_select(1, best)
 
     def embed_points(self, coords: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ is one pixel long), and the padding has to be cut off where `ResizeLongestSide` 
 # mypy: ignore-errors
 
 import onnx
-from onnx.compose import add_prefix, merge_models
 from onnx.inliner import inline_local_functions
 from onnxscript import DOUBLE, FLOAT, INT64, UINT8, script
 from onnxscript import opset20 as op
@@ -73,16 +72,19 @@ def upscale_and_crop(
 def append_postprocessing(model: onnx.ModelProto, crop: bool = False) -> onnx.ModelProto:
     """Give a decoder of `low_res_masks` and `iou_predictions` the input `orig_im_size` and the output `masks`, with
     `crop` also `xtl`, `ytl`, `xbr`, `ybr`."""
-    tail = inline_local_functions((upscale_and_crop if crop else upscale).to_model_proto())
-    tail = add_prefix(tail, "upscale_", rename_inputs=False, rename_outputs=False)
-    tail.graph.input[0].name = "upscale_low_res_masks"
-    for node in tail.graph.node:
-        node.input[:] = ["upscale_low_res_masks" if name == "low_res_masks" else name for name in node.input]
-    made = [output.name for output in tail.graph.output]
-    ordered = [made[0], "iou_predictions", "low_res_masks", *made[1:]]
-    joined = merge_models(model, tail, io_map=[("low_res_masks", "upscale_low_res_masks")], outputs=ordered)
-    outputs = sorted(joined.graph.output, key=lambda output: ordered.index(output.name))
+    tail = inline_local_functions((upscale_and_crop if crop else upscale).to_model_proto()).graph
+    joined = onnx.ModelProto()
+    joined.CopyFrom(model)
+    outer = {value.name for value in (*tail.input, *tail.output)}
+    for node in tail.node:
+        node.name = f"upscale_{node.name}"
+        for names in (node.input, node.output):
+            names[:] = [name if not name or name in outer else f"upscale_{name}" for name in names]
+        joined.graph.node.append(node)
+    joined.graph.input.append(next(value for value in tail.input if value.name == "orig_im_size"))
+    low_res, ious = model.graph.output
+    masks, *sides = tail.output
     del joined.graph.output[:]
-    joined.graph.output.extend(outputs)
+    joined.graph.output.extend((masks, ious, low_res, *sides))
     onnx.checker.check_model(joined, full_check=True)
     return joined

@@ -54,12 +54,17 @@ def points_of(predictor: SamPredictor, prompt: Prompt) -> tuple[np.ndarray, np.n
 
 def predicted(predictor: SamPredictor, prompt: Prompt, single: bool) -> tuple[np.ndarray, np.ndarray]:
     """`SamPredictor`'s logits (1, M, H, W) and low-resolution logits (1, M, 4h, 4w), as the file orders its masks."""
-    one = predictor.predict(**prompt, multimask_output=False, return_logits=True)
-    three = predictor.predict(**prompt, multimask_output=True, return_logits=True)
-    if single:
-        tokens = len(prompt.get("point_coords", ())) + (2 if "box" in prompt else 1)
-        best = int(three[1].argmax())
-        chosen = one if tokens > 2 else [part[best : best + 1] for part in three]
+
+    def predict(multimask: bool) -> tuple[np.ndarray, ...]:
+        return predictor.predict(**prompt, multimask_output=multimask, return_logits=True)
+
+    tokens = len(prompt.get("point_coords", ())) + (2 if "box" in prompt else 1)
+    if not single:
+        chosen = [np.concatenate(parts) for parts in zip(predict(False), predict(True), strict=True)]
+    elif tokens > 2:
+        chosen = list(predict(False))
     else:
-        chosen = [np.concatenate(parts) for parts in zip(one, three, strict=True)]
+        three = predict(True)
+        best = int(three[1].argmax())
+        chosen = [part[best : best + 1] for part in three]
     return chosen[0][None], chosen[2][None]

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator
-from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,7 @@ def makers(recipe: Recipe, subject: Subject, reference: Reference, directory: Pa
         return export_coreml_encoder(coreml(), reference, path, origin, bits)
 
     def onnx_decoder(path: Path, single: bool = True, crop: bool = False) -> dict[str, Any]:
-        model = append_postprocessing(deepcopy(low_res(subject.sam, single)), crop)
+        model = append_postprocessing(low_res(subject.sam, single), crop)
         return export_onnx_decoder(model, reference, path)
 
     def int8(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from segment_anything.utils.onnx import SamOnnxModel
 from torch import nn
 
-from distill.export.coreml_check import MilProgram, predict_with_coreml, runtime_available
+from distill.export.coreml_check import CoremlRuntime, MilProgram, runtime_available
 from distill.export.encoder import RgbEncoder
 from distill.export.mil_ops import BINARY, OPERATIONS, UNARY
 from embeddings_cache.teacher import load_teacher
@@ -1023,7 +1023,7 @@ def test_a_decoder_with_any_number_of_points(tmp_path: Path) -> None:
 @pytest.mark.skipif(runtime_available(), reason="macOS has Core ML")
 def test_core_ml_itself_is_asked_for_on_macos_only(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="Core ML runs on macOS only"):
-        predict_with_coreml(tmp_path / "m.mlpackage", {})
+        CoremlRuntime(tmp_path / "m.mlpackage")
 
 
 @pytest.mark.skipif(not runtime_available(), reason="Core ML runs on macOS only")
@@ -1031,5 +1031,5 @@ def test_core_ml_itself_is_asked_for_on_macos_only(tmp_path: Path) -> None:
 def test_core_ml_itself_agrees(name: str, tmp_path: Path) -> None:
     path = tmp_path / "encoder.mlpackage"
     save_encoder(path, small_student(name))
-    real = predict_with_coreml(path, {"image": PIXELS})["image_embeddings"]
+    real = CoremlRuntime(path)({"image": PIXELS})["image_embeddings"]
     assert relative(MilProgram(path)({"image": PIXELS})["image_embeddings"], real) < 1e-2
