@@ -67,6 +67,8 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
         for key in keys:
             if (value := OmegaConf.select(config, key)) is not None and not holds(value):
                 refuse(key, value, expected)
+    if not recipe.export.formats:
+        refuse("export.formats", recipe.export.formats, " names no file to make")
     if recipe.image_size < 64 or recipe.image_size % 64:
         refuse("image_size", recipe.image_size, " is not a multiple of 64")
     if recipe.data.fraction > 1:

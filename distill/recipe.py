@@ -111,18 +111,21 @@ def _architecture(checkpoint: str | None) -> str | None:
 
 def _recipe_within(checkpoint: Path) -> dict[str, Any]:
     """The recipe in a student's metadata, or as much of one as it takes to export a checkpoint without; results go to
-    `runs/` under the file's name.
+    the run that the file lies in, else to `runs/` under the file's name.
 
     Raises:
         InputError: there is no such file, or it is damaged.
     """
-    kept: dict[str, Any] = {}
+    kept: dict[str, Any] = {"name": checkpoint.stem}
     if not checkpoint.is_file():
         raise InputError(f"no student at {checkpoint}")
-    if is_our_student(checkpoint):
-        kept = yaml.load(read_metadata(checkpoint).get("recipe", "{}"), _Loader)
-    kept.setdefault("data", {}).setdefault("images", "scenes:8")
-    return {**kept, "name": checkpoint.stem, "run_dir": f"runs/{checkpoint.stem}"}
+    if is_our_student(checkpoint) and (written := read_metadata(checkpoint).get("recipe")):
+        kept = _parse_yaml(written, str(checkpoint))
+    if not isinstance(data := kept.setdefault("data", {}), dict):
+        raise InputError(f"{checkpoint} is not a recipe's: data is {data!r}")
+    data.setdefault("images", "scenes:8")
+    beside = checkpoint.parent if (checkpoint.parent / "recipe.yaml").is_file() else Path("runs") / checkpoint.stem
+    return {**kept, "run_dir": str(beside)}
 
 
 def _recipe_of(run_dir: str | None) -> str:
@@ -135,11 +138,19 @@ def _recipe_of(run_dir: str | None) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return _parse_yaml(text, str(path))
+
+
+def _parse_yaml(text: str, origin: str) -> dict[str, Any]:
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} is not a recipe: keys and values are expected")
+        raise InputError(f"{origin} is not a recipe: keys and values are expected")
     return content
 
 
@@ -158,6 +169,8 @@ def _parse(key: str, value: str) -> Any:
     """A command line value; where text is expected it stays as it is typed, for YAML would change some of it."""
     if value == "null" or (key in IMAGES and not value):
         return None
+    if kinds().get(key) == list[str] and not value.startswith("["):
+        return value.split(",")
     if kinds().get(key) in (str, str | None) or (key in IMAGES and not value.startswith("[")):
         return value
     try:

@@ -60,7 +60,7 @@ def collect(recipe: Recipe, scores: dict[str, Any], manifest: Path) -> dict[str,
     run_dir = Path(recipe.run_dir)
     student = load_student(chosen_student(recipe))
     exported = read_json(manifest) if manifest.exists() else {"files": {}, "made_from": {}}
-    if exported["made_from"].get("student_sha256") != scores["made_from"]["student_sha256"]:
+    if exported.get("made_from", {}).get("student_sha256") != scores["made_from"]["student_sha256"]:
         exported["files"] = {}  # of another student
     # A student from elsewhere, or other images, have not the curves of this run's training.
     lines = read_metrics(run_dir) if recipe.checkpoint is None and recipe.evaluate.data is None else []

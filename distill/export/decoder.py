@@ -19,6 +19,14 @@ MASKS = 4
 PAD, BACKGROUND, FOREGROUND, TOP_LEFT, BOTTOM_RIGHT = -1, 0, 1, 2, 3
 """Labels of points. A prompt without a box ends in a point (0, 0) labelled PAD, as SAM was trained."""
 
+VALUES = {
+    "point_coords": "x, y in pixels of the resized image",
+    "point_labels": "1 on the object, 0 off it, 2, 3 a box's corners, -1 the end (0, 0) of a prompt without box",
+    "low_res_masks": "logits: object where > 0; the mask for clear prompts, then three for ambiguous ones",
+    "iou_predictions": "predicted IoU of each mask",
+}
+"""What inputs and outputs mean, for manifests and packages."""
+
 
 class PromptDecoder(nn.Module):
     """Embedding and prompt of one object → its low-resolution masks.

@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import nn
 from torch.nn.functional import conv2d, layer_norm, pad, pixel_shuffle
 
+from distill.evaluate.masks import make_prompts
+from distill.export.proof import PROMPTS
 from distill.recipe import Recipe
 from embeddings_cache.codec import CacheRow, encode_pixels
 from embeddings_cache.format import read_info
 from embeddings_cache.preprocess import PIXEL_MEAN, normalize, resize_longest_side
 from embeddings_cache.reader import EmbeddingsCache, is_complete
 from embeddings_cache.scenes import generate_scene, sa1b_annotation
-from students import StudentEncoder
+from students import InputError, StudentEncoder
 
 CALIBRATION_SEED = 1
 """Of scenes to calibrate on, so that they are not those to compare on."""
@@ -99,14 +102,18 @@ def pad_with_mean_colour(pixels: np.ndarray, size: int) -> np.ndarray:
     return padded
 
 
-def validation_rows(recipe: Recipe, size: int) -> list[CacheRow]:
-    """Images to compare on: `export.images` held-out ones of the recipe's cache, or generated scenes where there is no
-    finished cache of this size."""
+def validation_rows(recipe: Recipe, size: int) -> tuple[list[CacheRow], str]:
+    """Images to compare on, and where they come from: `export.images` held-out ones of the recipe's cache whose
+    annotations can be decoded, or generated scenes where there is no finished cache of this size."""
     cache = _cache(recipe, size)
     if cache is None:
-        return [_scene_row(size, seed) for seed in range(recipe.export.images)]
+        return [_scene_row(size, seed) for seed in range(recipe.export.images)], "generated scenes"
     _, held_out = cache.split(min(recipe.data.val_images, len(cache) - 1))
-    return [cache[index] for index in held_out[: recipe.export.images]]
+    rows = (row for row in (cache[index] for index in held_out) if _has_prompts(row))
+    found = list(islice(rows, recipe.export.images))
+    if not found:
+        raise InputError(f"{recipe.cache.dir}: no held-out image has an annotation that can be decoded")
+    return found, f"held-out images of {recipe.cache.dir}"
 
 
 def calibration_pictures(recipe: Recipe, size: int) -> list[np.ndarray]:
@@ -127,6 +134,14 @@ def _cache(recipe: Recipe, size: int) -> EmbeddingsCache | None:
         return None
     cache = EmbeddingsCache(directory)
     return cache if len(cache) > 1 else None
+
+
+def _has_prompts(row: CacheRow) -> bool:
+    try:
+        make_prompts(row, PROMPTS)
+    except InputError:
+        return False
+    return True
 
 
 def _scene_row(size: int, seed: int, generation: int = 0) -> CacheRow:

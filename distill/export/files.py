@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from hashlib import sha256 as new_digest
 from pathlib import Path
 
-from embeddings_cache.files import publish, sha256
+from embeddings_cache.files import TEMPORARY, publish, sha256
 
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
     """Yield a temporary path with the same suffix; on success it becomes `path`, on failure it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     remove(temporary)
     try:
         yield temporary

@@ -21,6 +21,7 @@ def write_readme(path: Path, manifest: dict[str, Any]) -> None:
         .render(
             manifest={"failures": [], **manifest},
             made=made,
+            images_from=next((file["parity"].get("images_from") for file in made.values()), None),
             size=manifest["student"]["image_size"],
             rounded=PADDING_COLOUR,
             max_points=MAX_POINTS,

@@ -12,14 +12,14 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from distill.evaluate.masks import mask_iou
-from distill.export.decoder import PromptDecoder
+from distill.export.decoder import VALUES, PromptDecoder
 from distill.export.onnx_file import OPSET, onnx_model, open_session
-from distill.export.prompts import Prompt, place_embedding, points_of, predicted, prompts_of
-from distill.export.proof import Bounds, Reference, within
+from distill.export.prompts import Prompt, difference, place_embedding, points_of, predicted, prompts_of
+from distill.export.proof import Bounds, ParityError, Reference, within
 from embeddings_cache.files import whole_file
 
-BOUNDS = Bounds(max_difference=1e-3)
-"""Of logits, in any pixel; where SAM is sure of a pixel they are beyond ±5."""
+BOUNDS = Bounds(max_difference=1e-3, mask_miou=0.999, iou_difference=1e-3)
+"""Logits in any pixel; where SAM is sure of one they are beyond ±5. A pixel on the edge may flip."""
 
 
 def export_onnx_decoder(model: onnx.ModelProto, reference: Reference, path: Path) -> dict[str, Any]:
@@ -60,15 +60,11 @@ def export_onnx_decoder(model: onnx.ModelProto, reference: Reference, path: Path
         "precision": "float32",
         "inputs": {
             "image_embeddings": {"shape": [1, channels, cells, cells], "dtype": "float32"},
-            "point_coords": {
-                "shape": [1, "num_points", 2],
-                "dtype": "float32",
-                "values": "x, y in pixels of the resized image",
-            },
+            "point_coords": {"shape": [1, "num_points", 2], "dtype": "float32", "values": VALUES["point_coords"]},
             "point_labels": {
                 "shape": [1, "num_points"],
                 "dtype": "float32",
-                "values": "1 on the object, 0 off it, 2, 3 a box's corners, -1 the end (0, 0) of a prompt without box",
+                "values": VALUES["point_labels"],
             },
             "mask_input": {
                 "shape": [1, 1, 4 * cells, 4 * cells],
@@ -106,29 +102,35 @@ def low_res_model(sam: Sam, single: bool) -> onnx.ModelProto:
 
 
 def decoder_parity(session: onnxruntime.InferenceSession, reference: Reference) -> dict[str, Any]:
-    """A decoder against `SamPredictor` on the same embeddings: some points, a box, both, and each with an earlier mask.
+    """A decoder against `SamPredictor` on the same embeddings: some points, a box, both; on the first image each also
+    with the mask of its first answer.
 
     Returns:
-        The largest difference of logits (of a cropped mask: of its low-resolution logits), and the mean IoU of masks.
+        The largest difference of logits, low-resolution ones among them, and of predicted IoUs; the mean IoU of masks.
     """
     single = session.get_outputs()[1].shape[1] == 1
     predictor = SamPredictor(reference.decoder)
-    differences, ious = [], []
-    for row, embedding in zip(reference.rows, reference.embeddings, strict=True):
+    logits, predicted_ious, ious = [], [], []
+    for number, (row, embedding) in enumerate(zip(reference.rows, reference.embeddings, strict=True)):
         place_embedding(predictor, embedding, row)
         for prompt in prompts_of(row):
-            found = run_decoder(session, predictor, prompt)
-            logits, low_res = predicted(predictor, prompt, single)
-            if "xtl" in found:
-                differences.append(np.abs(found["low_res_masks"] - low_res).max())
-                ious.append(mask_iou(uncropped(found, row.original_size), logits[0, 0] > 0))
-            else:
-                differences.append(np.abs(found["masks"] - logits).max())
-                pairs = zip(found["masks"][0] > 0, logits[0] > 0, strict=True)
-                ious += [mask_iou(*pair) for pair in pairs]
+            asked = [prompt]
+            if not number:
+                asked.append({**prompt, "mask_input": predicted(predictor, prompt, single)[2][0, :1]})
+            for each in asked:
+                found, expected = run_decoder(session, predictor, each), predicted(predictor, each, single)
+                predicted_ious.append(difference(found["iou_predictions"], expected[1], "predicted IoUs"))
+                logits.append(difference(found["low_res_masks"], expected[2], "low-resolution masks"))
+                if "xtl" in found:
+                    ious.append(mask_iou(uncropped(found, row.original_size), expected[0][0, 0] > 0))
+                else:
+                    logits.append(difference(found["masks"], expected[0], "masks"))
+                    ious += map(mask_iou, found["masks"][0] > 0, expected[0][0] > 0)
     return {
         "images": len(reference.rows),
-        "max_difference": float(np.max(differences)),
+        "images_from": reference.images_from,
+        "max_difference": float(np.max(logits)),
+        "iou_difference": float(np.max(predicted_ious)),
         "masks": len(ious),
         "mask_miou": fmean(ious),
     }
@@ -154,8 +156,14 @@ def run_decoder(
 
 
 def uncropped(found: dict[str, np.ndarray], size: tuple[int, int]) -> np.ndarray:
-    """A cropped mask in its place: boolean (H, W)."""
+    """A cropped mask in its place: boolean (H, W).
+
+    Raises:
+        ParityError: the crop is not of the size that its place says.
+    """
     mask = np.zeros(size, dtype=bool)
     xtl, ytl, xbr, ybr = (int(found[name][0]) for name in ("xtl", "ytl", "xbr", "ybr"))
+    if found["masks"].shape != (1, 1, ybr - ytl + 1, xbr - xtl + 1):
+        raise ParityError(f"crops to {found['masks'].shape}, for columns {xtl} to {xbr} and rows {ytl} to {ybr}")
     mask[ytl : ybr + 1, xtl : xbr + 1] = found["masks"][0, 0] > 0
     return mask

@@ -12,7 +12,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from distill.export.encoder import RgbEncoder, pad_with_mean_colour
 from distill.export.onnx_file import OPSET, TWO_GIGABYTES, onnx_model, open_session, quietly
-from distill.export.proof import FLOAT16, Bounds, Encode, Reference, within
+from distill.export.proof import FLOAT16, Bounds, Encode, ParityError, Reference, within
 from embeddings_cache.files import whole_file
 from embeddings_cache.preprocess import PIXEL_MEAN
 from students import InputError
@@ -44,6 +44,7 @@ def export_onnx_encoder(
     with whole_file(path) as temporary:
         onnx.save(model, temporary)
         parity = within(path.name, reference.parity(onnx_encode(temporary)), FLOAT16 if float16 else FLOAT32)
+        refuse_mixed_batches(path.name, temporary, reference)
         return {**describe_encoder(temporary), "precision": "float16" if float16 else "float32", "parity": parity}
 
 
@@ -54,7 +55,7 @@ def encoder_model(encoder: RgbEncoder, dynamic_batch: bool = False) -> onnx.Mode
         InputError: it would not fit into one file.
     """
     if sum(parameter.numel() for parameter in encoder.parameters()) * 4 > TWO_GIGABYTES:
-        raise InputError("encoder.onnx: more weights than one ONNX file holds (2 GB)")
+        raise InputError("the encoder has more weights than one ONNX file holds (2 GB)")
     # A batch of one is what torch.export would make a constant.
     example = torch.zeros(2 if dynamic_batch else 1, 3, encoder.image_size, encoder.image_size)
     shapes = {"dynamic_shapes": ({0: torch.export.Dim("N")},)} if dynamic_batch else {}
@@ -71,6 +72,19 @@ def onnx_encode(path: Path) -> Encode:
         return embedding
 
     return encode
+
+
+def refuse_mixed_batches(name: str, path: Path, reference: Reference) -> None:
+    """Raise `ParityError` where a file that takes batches makes something else of images together than of each."""
+    session = open_session(path)
+    if isinstance(session.get_inputs()[0].shape[0], int):
+        return
+    image = pad_with_mean_colour(reference.rows[0].pixels(), reference.image_size)
+    images = np.concatenate([image, image[..., ::-1]])
+    together = session.run(None, {"image": images})[0]
+    singly = np.concatenate([session.run(None, {"image": each[None]})[0] for each in images])
+    if not np.linalg.norm(together - singly) <= 1e-2 * np.linalg.norm(singly):
+        raise ParityError(f"{name} makes something else of two images together than of each")
 
 
 def describe_encoder(path: Path) -> dict[str, Any]:

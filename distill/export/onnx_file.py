@@ -24,7 +24,11 @@ def onnx_model(module: nn.Module, example: tuple[torch.Tensor, ...], **options: 
     with quietly("torch.onnx", "onnxscript", "onnx_ir"), torch.no_grad():
         program = torch.onnx.export(module, example, dynamo=True, verbose=False, opset_version=OPSET, **options)
     assert program is not None
-    return without_traces(program.model_proto)
+    model = without_traces(program.model_proto)
+    (opset,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset != OPSET:
+        raise RuntimeError(f"the exporter made opset {opset}, not {OPSET}")
+    return model
 
 
 def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:

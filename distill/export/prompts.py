@@ -8,7 +8,7 @@ from segment_anything import SamPredictor
 
 from distill.evaluate.masks import make_prompts
 from distill.export.decoder import BOTTOM_RIGHT, PAD, TOP_LEFT
-from distill.export.proof import PROMPTS
+from distill.export.proof import PROMPTS, ParityError
 from embeddings_cache.codec import CacheRow
 
 Prompt = dict[str, np.ndarray]
@@ -52,8 +52,9 @@ def points_of(predictor: SamPredictor, prompt: Prompt) -> tuple[np.ndarray, np.n
     return coords[None].astype(np.float32), labels[None].astype(np.float32)
 
 
-def predicted(predictor: SamPredictor, prompt: Prompt, single: bool) -> tuple[np.ndarray, np.ndarray]:
-    """`SamPredictor`'s logits (1, M, H, W) and low-resolution logits (1, M, 4h, 4w), as the file orders its masks."""
+def predicted(predictor: SamPredictor, prompt: Prompt, single: bool) -> tuple[np.ndarray, ...]:
+    """`SamPredictor`'s logits (1, M, H, W), predicted IoUs (1, M) and low-resolution logits (1, M, 4h, 4w), as the file
+    orders its masks."""
 
     def predict(multimask: bool) -> tuple[np.ndarray, ...]:
         return predictor.predict(**prompt, multimask_output=multimask, return_logits=True)
@@ -67,4 +68,15 @@ def predicted(predictor: SamPredictor, prompt: Prompt, single: bool) -> tuple[np
         three = predict(True)
         best = int(three[1].argmax())
         chosen = [part[best : best + 1] for part in three]
-    return chosen[0][None], chosen[2][None]
+    return tuple(part[None] for part in chosen)
+
+
+def difference(found: np.ndarray, expected: np.ndarray, what: str) -> float:
+    """The largest |found − expected|.
+
+    Raises:
+        ParityError: they have other shapes.
+    """
+    if found.shape != expected.shape:
+        raise ParityError(f"makes {what} of shape {found.shape}, SamPredictor {expected.shape}")
+    return float(np.abs(found - expected).max())

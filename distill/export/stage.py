@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from distill.export.onnx_encoder import encoder_model, export_onnx_encoder
 from distill.export.postprocess import append_postprocessing
 from distill.export.proof import ParityError, Reference
 from distill.export.quantize import export_int8_encoder
-from distill.export.subject import Subject, load_subject, wanted_formats
+from distill.export.subject import Subject, is_untrained, load_subject, wanted_formats
 from distill.recipe import Recipe
-from distill.run import chosen_student, is_current
+from distill.run import as_stored, chosen_student, is_current
 from distill.schema import FORMATS
-from embeddings_cache.files import sha256, write_json
-from embeddings_cache.format import installed_versions
+from embeddings_cache.files import TEMPORARY, read_json, sha256, write_json
+from embeddings_cache.format import installed_versions, read_info
+from students import InputError
 
 TOOLS = (
     "sam-distill", "torch", "timm", "segment-anything-py", "onnx", "onnxscript", "onnxruntime", "coremltools", "numpy",
@@ -37,10 +39,14 @@ def export(recipe: Recipe, accelerator: Accelerator) -> bool:
     returns False where they were there.
 
     Raises:
-        InputError: no student, or one that a format cannot be made of.
-        ParityError: a file does not do what the student does, and is not left behind; the others are there.
+        InputError: no student, or none that can be exported.
+        ParityError: a file could not be made or does not do what the student does, and is not left behind; the others
+            are there.
     """
     directory = Path(recipe.run_dir) / "export"
+    if recipe.stage == "all" and is_untrained(chosen_student(recipe)):
+        accelerator.print("export: the student was not trained, and there is nothing to hand over")
+        return False
     inputs = export_inputs(recipe)
     if is_current(directory / "manifest.json", inputs, accelerator):
         return False
@@ -54,55 +60,82 @@ def export_inputs(recipe: Recipe) -> dict[str, Any]:
     """What an export depends on; the decoder's file goes by its size and time, for it may have gigabytes."""
     checkpoint = recipe.teacher.checkpoint
     found = Path(checkpoint).stat() if checkpoint and Path(checkpoint).is_file() else None
+    info = read_info(Path(recipe.cache.dir))
     return {
         "student_sha256": sha256(chosen_student(recipe)),
         "export": {**vars(recipe.export), "formats": wanted_formats(recipe)},
         "teacher": [recipe.teacher.name, found and [found.st_size, found.st_mtime_ns]],
+        "cache": info and asdict(info.identity),
     }
 
 
-def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: Any) -> None:
-    """Make, prove and describe every file, one after the other."""
+def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Make, prove and describe every file that is not there, one after the other."""
     subject = load_subject(recipe)
-    reference = Reference(subject.encoder, subject.sam, validation_rows(recipe, int(subject.encoder.img_size)))  # type: ignore[arg-type]
-    for stale in ("manifest.json", "README.md", *(name for names in FORMATS.values() for name in names)):
-        remove(directory / stale)
-    files: dict[str, dict[str, Any]] = {}
-    failures = []
+    if subject.note:
+        say(f"export: {subject.note}")
+    kept = clear(directory, inputs)
+    rows, images_from = validation_rows(recipe, subject.image_size)
+    reference = Reference(subject.encoder, subject.sam, rows, images_from)
+    say(f"export: every file is compared with PyTorch on {len(rows)} {images_from}")
+    files, failures = {}, []
     for path, make in makers(recipe, subject, reference, directory):
+        if path.name in kept:
+            continue
         started = time.perf_counter()
         say(f"export: {path.name} ...")
         try:
             described = make(path)
-        except ParityError as error:
-            failures.append(str(error))
+        except (ParityError, InputError) as error:
+            failures.append(str(error) if path.name in str(error) else f"{path.name} {error}")
             continue
         files[path.name] = {"sha256": digest(path), "bytes": size(path), **described}
         say(f"export: {file_line(path.name, files[path.name])} ({time.perf_counter() - started:.0f} s)")
-    manifest = {
+    manifest: dict[str, Any] = {
         "student": {
             "name": subject.name,
-            "image_size": int(subject.encoder.img_size),  # type: ignore[arg-type]
+            "image_size": subject.image_size,
             "embed_dim": reference.channels,
             "parameters": sum(parameter.numel() for parameter in subject.encoder.parameters()),
         },
         "teacher": subject.teacher,
-        "recipe": recipe.name,
+        "recipe": subject.recipe,
+        "note": subject.note,
         "versions": installed_versions(TOOLS),
-        "files": files,
-        # Without this, the next run tries again.
-        **({"failures": failures} if failures else {"made_from": inputs}),
+        "files": {name: entry for name, entry in {**kept, **files}.items() if (directory / name).exists()},
+        "made_from": inputs,
     }
-    write_json(directory / "manifest.json", manifest)
+    if failures:  # the next run tries again, for what these were made from is not said in full
+        manifest |= {"failures": failures, "made_from": {"student_sha256": inputs["student_sha256"]}}
     write_readme(directory / "README.md", manifest)
+    write_json(directory / "manifest.json", manifest)
     if failures:
         raise ParityError("; ".join(failures))
+
+
+def clear(directory: Path, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Remove what a killed export left half-written, and what was made from something else; returns what the manifest
+    says of the files that can stay."""
+    for leftover in directory.glob(f"{TEMPORARY}*"):
+        remove(leftover)
+    manifest = directory / "manifest.json"
+    earlier = read_json(manifest) if manifest.exists() else {}
+    if _but_for_formats(earlier.get("made_from", {})) == _but_for_formats(as_stored(inputs)):
+        return {name: entry for name, entry in earlier["files"].items() if (directory / name).exists()}
+    for stale in ("manifest.json", "README.md", *(name for names in FORMATS.values() for name in names)):
+        remove(directory / stale)
+    return {}
+
+
+def _but_for_formats(inputs: dict[str, Any]) -> dict[str, Any]:
+    settings = inputs.get("export") or {}
+    return {**inputs, "export": {key: value for key, value in settings.items() if key != "formats"}}
 
 
 def makers(recipe: Recipe, subject: Subject, reference: Reference, directory: Path) -> Iterator[tuple[Path, Make]]:
     """The path of every file that is wanted, and the function that makes it; what several are made of is made once."""
     encoder = RgbEncoder(subject.encoder).eval()
-    origin = Origin(subject.name, subject.teacher, recipe.name)
+    origin = Origin(subject.name, subject.teacher, subject.recipe)
     onnx = cache(lambda: encoder_model(encoder, recipe.export.dynamic_batch))
     coreml = cache(lambda: convert_encoder(encoder))
     low_res = cache(low_res_model)

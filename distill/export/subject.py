@@ -8,7 +8,7 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from distill.recipe import Recipe
-from distill.run import chosen_student
+from distill.run import chosen_student, other_teacher
 from distill.schema import FORMATS
 from embeddings_cache.teacher import load_teacher
 from students import (
@@ -22,7 +22,7 @@ from students import (
     read_metadata,
 )
 
-NEED_MASKS = ("onnx_int8", "onnx_decoder", "cvat", "coreml")
+NEED_MASKS = ("onnx_int8", "onnx_decoder", "cvat", "coreml", "coreml_8bit", "coreml_6bit")
 """Formats that hold a decoder, or whose proof needs one."""
 
 
@@ -30,13 +30,21 @@ NEED_MASKS = ("onnx_int8", "onnx_decoder", "cvat", "coreml")
 class Subject:
     """An encoder in eval mode on the CPU, and a `Sam` around it with the decoder; None where there is no decoder.
 
-    `teacher` is whose decoder that is, or would be.
+    `teacher` is whose decoder that is, or would be; `recipe` trained the student, None for a checkpoint from elsewhere;
+    `note` is a line for whoever uses the files.
     """
 
     name: str
     teacher: str
+    recipe: str | None
     encoder: nn.Module
     sam: Sam | None
+    note: str | None
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input in pixels."""
+        return int(self.encoder.img_size)  # type: ignore[arg-type]
 
 
 def wanted_formats(recipe: Recipe) -> list[str]:
@@ -60,10 +68,17 @@ def check_formats(recipe: Recipe) -> None:
         )
     need = [name for name in formats if name in NEED_MASKS]
     if need and not _decoder_expected(recipe):
+        given = recipe.teacher.checkpoint
+        where = f"{given} is not there, or has none" if given else "teacher.checkpoint=FILE"
         raise InputError(
-            f"export.formats: {', '.join(need)} needs the teacher's mask decoder: teacher.checkpoint=FILE; "
-            "without it export.formats=[onnx, onnx_fp16] compares embeddings alone"
+            f"export.formats: {', '.join(need)} needs the teacher's mask decoder: {where}; "
+            "export.formats=[onnx, onnx_fp16] compares embeddings alone"
         )
+
+
+def is_untrained(path: Path) -> bool:
+    """Whether a student holds the weights that training starts from (`train.epochs=0`)."""
+    return is_our_student(path) and read_metadata(path).get("steps") == "0"
 
 
 def load_subject(recipe: Recipe) -> Subject:
@@ -76,21 +91,24 @@ def load_subject(recipe: Recipe) -> Subject:
     if not is_our_student(path):
         sam = load_checkpoint(path)
         name, has_decoder = identify(path)
-        return Subject(name, name, sam.image_encoder, sam if has_decoder else None)
+        return Subject(name, name, None, sam.image_encoder, sam if has_decoder else None, None)
     student = load_student(path)
-    if read_metadata(path).get("steps") == "0":
+    if is_untrained(path):
         raise InputError(f"{path} was not trained: it holds the weights that training starts from")
-    sam = _with_decoder(student, path, recipe) if _has_teacher(recipe) else None
-    return Subject(student.config.name, recipe.teacher.name, student, sam)
+    sam, note = _with_decoder(student, path, recipe) if _has_teacher(recipe) else (None, None)
+    if sam is None:
+        note = "there is no mask decoder: embeddings alone are compared"
+    return Subject(student.config.name, recipe.teacher.name, recipe.name, student, sam, note)
 
 
-def _with_decoder(student: StudentEncoder, path: Path, recipe: Recipe) -> Sam | None:
+def _with_decoder(student: StudentEncoder, path: Path, recipe: Recipe) -> tuple[Sam | None, str | None]:
+    """A `Sam` around the student, and a line where the decoder is not the one that it learnt for."""
     teacher = recipe.teacher
     if teacher.checkpoint is not None and not identify(Path(teacher.checkpoint))[1]:
-        return None
+        return None, None
     sam = load_teacher(teacher.name, teacher.checkpoint, student.img_size)
     try:
-        return build_student_sam(student, sam)
+        return build_student_sam(student, sam), other_teacher(recipe, sam)
     except ValueError as error:
         raise InputError(f"{path} does not fit teacher {teacher.name}: {error}") from error
 

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from exports import reference, small_student, toy
+from exports import reference, scene_row, small_student, toy
 from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
@@ -14,7 +14,7 @@ from distill.export.onnx_decoder import export_onnx_decoder, low_res_model, run_
 from distill.export.onnx_file import open_session
 from distill.export.postprocess import append_postprocessing
 from distill.export.prompts import Prompt, points_of
-from distill.export.proof import ParityError
+from distill.export.proof import ParityError, Reference
 from embeddings_cache.scenes import generate_scene
 from embeddings_cache.teacher import load_teacher
 
@@ -163,6 +163,29 @@ def test_inputs_and_outputs_are_segment_anythings(files: dict[str, Path]) -> Non
         outputs = [entry.name for entry in session.get_outputs()]
         assert outputs[:3] == ["masks", "iou_predictions", "low_res_masks"]
         assert outputs[3:] == (["xtl", "ytl", "xbr", "ybr"] if name == "cropped" else [])
+
+
+@pytest.mark.parametrize("broken", ["masks", "iou_predictions", "mask_input"])
+def test_each_output_and_an_earlier_mask_are_compared(
+    broken: str, sam: Sam, tmp_path: Path, files: dict[str, Path]
+) -> None:
+    """Of a decoder whose logits are right: no object for CVAT, predicted IoUs negated, the earlier mask unheeded."""
+    graph = onnx.load(files["cropped" if broken == "masks" else "single"])
+    if broken == "mask_input":
+        for node in graph.graph.node:
+            node.input[:] = ["never" if name == "has_mask_input" else name for name in node.input]
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.float32), "never"))
+    else:
+        for node in graph.graph.node:
+            node.output[:] = [f"{name}_before" if name == broken else name for name in node.output]
+        operator = "Sub" if broken == "masks" else "Neg"
+        inputs = [f"{broken}_before"] * (2 if operator == "Sub" else 1)
+        graph.graph.node.append(onnx.helper.make_node(operator, inputs, [broken]))
+    row = scene_row(0, 256)
+    compared = Reference(sam.image_encoder, sam, [row])
+    with pytest.raises(ParityError, match="differs from PyTorch"):
+        export_onnx_decoder(graph, compared, tmp_path / "decoder.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_decoder_is_described_and_one_of_another_sam_is_refused(tmp_path: Path) -> None:

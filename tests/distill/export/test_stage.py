@@ -1,5 +1,4 @@
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,7 +23,7 @@ from embeddings_cache.files import sha256
 from embeddings_cache.preprocess import resize_longest_side
 from embeddings_cache.scenes import generate_scene
 from embeddings_cache.teacher import load_teacher
-from students import create_student, load_student, save_published, save_student
+from students import create_student, load_student, read_metadata, save_published, save_student
 from students.sam import untrained_sam
 from support import ROOT, TINY, Cli, places
 
@@ -95,15 +94,22 @@ def test_a_student_of_another_size_takes_a_decoder_of_its_own_size(
 
 def test_a_checkpoint_alone_is_enough(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
     """Its recipe is in its metadata; results go where the command runs."""
-    shutil.copy(finished_run / "run" / "student.safetensors", tmp_path / "mine.safetensors")
-    formats = "export.formats=[onnx, onnx_fp16]"
+    metadata = read_metadata(finished_run / "run" / "student.safetensors")
+    save_student(tmp_path / "mine.safetensors", small_student(), {**metadata, "steps": "80"})
+    formats = "export.formats=onnx,onnx_fp16"
     result = cli("stage=export", "checkpoint=mine.safetensors", formats, "export.images=1", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     directory = tmp_path / "runs" / "mine" / "export"
     manifest = json.loads((directory / "manifest.json").read_text())
     assert list(manifest["files"]) == ["encoder.onnx", "encoder_fp16.onnx"]
     assert manifest["files"]["encoder.onnx"]["parity"]["images"] == 1
-    assert "mask mIoU 1.0" in result.stdout
+    parity = manifest["files"]["encoder.onnx"]["parity"]
+    assert parity["mask_miou"] == 1.0
+    assert parity["empty_masks"] < parity["masks"] / 2
+    assert (parity["images_from"], manifest["recipe"]) == (
+        "held-out images of " + str(finished_run / "cache"),
+        "quickstart",
+    )
     assert (directory / "README.md").read_text().startswith("# repvit_m0_9")
 
 
@@ -150,6 +156,31 @@ def test_a_file_that_fails_is_named_and_the_others_are_there(
     export(recipe, accelerator)  # not current: tries again
     assert (directory / "encoder_int8.onnx").exists()
     assert "failures" not in json.loads((directory / "manifest.json").read_text())
+
+
+def test_other_formats_are_added_to_what_is_there_and_leftovers_go(
+    finished_run: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    checkpoint, directory = finished_run / "run" / "student.safetensors", tmp_path / "run" / "export"
+    export(export_recipe(tmp_path, checkpoint), accelerator)
+    before = (directory / "encoder.onnx").stat().st_mtime_ns
+    (directory / ".tmp-4711-encoder.onnx").touch()  # as kill -9 leaves them
+    (directory / ".tmp-Encoder.mlpackage").mkdir()
+    export(export_recipe(tmp_path, checkpoint, "export.formats=[onnx_fp16]"), accelerator)
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "README.md", "encoder.onnx", "encoder_fp16.onnx", "manifest.json",
+    ]  # fmt: skip
+    assert (directory / "encoder.onnx").stat().st_mtime_ns == before
+    assert set(json.loads((directory / "manifest.json").read_text())["files"]) == {"encoder.onnx", "encoder_fp16.onnx"}
+
+
+def test_a_run_whose_student_was_not_trained_goes_on_to_its_report(
+    finished_run: Path, tmp_path: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_student(tmp_path / "s.safetensors", small_student(), {"steps": "0"})
+    recipe = replace(export_recipe(tmp_path, tmp_path / "s.safetensors"), stage="all")
+    assert export(recipe, accelerator) is False
+    assert "the student was not trained" in capsys.readouterr().out
 
 
 def test_the_exit_code_of_an_export_that_is_wrong_is_1(
@@ -201,6 +232,11 @@ def test_bad_input_is_one_line(
     save_student(tmp_path / "untrained.safetensors", small_student(), {"steps": "0"})
     said = refused(capsys, *TINY, *places(tmp_path, "gone.tar"), "checkpoint=untrained.safetensors")
     assert "untrained.safetensors was not trained" in said
+    save_student(tmp_path / "odd.safetensors", small_student(), {"recipe": "a: ["})
+    assert "odd.safetensors is not valid YAML" in refused(capsys, "checkpoint=odd.safetensors")
+    save_student(tmp_path / "odd.safetensors", small_student(), {"recipe": "data: null"})
+    assert "data is None" in refused(capsys, "checkpoint=odd.safetensors")
+    assert "export.formats=[] names no file to make" in refused(capsys, f"checkpoint={good}", "export.formats=[]")
     other = create_student("repvit_m0_9", 128, 64, widths=[8, 16, 24, 32], depths=[1, 1, 1, 1])
     save_student(tmp_path / "narrow.safetensors", other, {})
     said = refused(capsys, *TINY, *places(tmp_path, "gone.tar"), "checkpoint=narrow.safetensors")
@@ -214,7 +250,7 @@ def test_a_decoder_needs_the_teachers_weights(
     save_student(tmp_path / "s.safetensors", small_student(), {})
     asked = ["recipe=repvit_m2_3", f"run_dir={tmp_path / 'run'}", "checkpoint=s.safetensors"]
     said = refused(capsys, *asked, "export.formats=[onnx, cvat, onnx_int8]")
-    assert "onnx_int8, cvat needs the teacher's mask decoder: teacher.checkpoint=FILE" in said
+    assert "onnx_int8, cvat needs the teacher's mask decoder: checkpoints/sam_vit_h_4b8939.pth is not there" in said
     assert main(["stage=export", *asked, "export.formats=[onnx]"]) == 0  # embeddings alone are compared
     manifest = json.loads((tmp_path / "run" / "export" / "manifest.json").read_text())
     assert manifest["files"]["encoder.onnx"]["parity"]["mask_miou"] is None
