@@ -26,7 +26,7 @@ def export_onnx_decoder(model: onnx.ModelProto, reference: Reference, path: Path
     """Write an ONNX decoder.
 
     Args:
-        model: from `decoder_model`.
+        model: from `low_res_model` and `append_postprocessing`.
         reference: whose decoder it is, and images with embeddings to compare on.
         path: of the file.
 
@@ -61,11 +61,7 @@ def export_onnx_decoder(model: onnx.ModelProto, reference: Reference, path: Path
         "inputs": {
             "image_embeddings": {"shape": [1, channels, cells, cells], "dtype": "float32"},
             "point_coords": {"shape": [1, "num_points", 2], "dtype": "float32", "values": VALUES["point_coords"]},
-            "point_labels": {
-                "shape": [1, "num_points"],
-                "dtype": "float32",
-                "values": VALUES["point_labels"],
-            },
+            "point_labels": {"shape": [1, "num_points"], "dtype": "float32", "values": VALUES["point_labels"]},
             "mask_input": {
                 "shape": [1, 1, 4 * cells, 4 * cells],
                 "dtype": "float32",
