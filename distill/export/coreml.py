@@ -25,7 +25,6 @@ from distill.export.onnx_file import quietly
 from distill.export.prompts import difference, place_embedding, points_of, predicted, prompts_of
 from distill.export.proof import FLOAT16, Bounds, Encode, Reference, within
 from embeddings_cache.format import installed_versions
-from embeddings_cache.overlap import available_cores
 from embeddings_cache.preprocess import PIXEL_MEAN
 from students import InputError, first_line
 
@@ -209,7 +208,7 @@ def compress(model: Any, bits: int | None) -> Any:
         if bits == 8:
             config = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", granularity="per_channel")
             return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(global_config=config))
-        config = optimize.OpPalettizerConfig(mode="kmeans", nbits=bits, num_kmeans_workers=available_cores())
+        config = optimize.OpPalettizerConfig(mode="kmeans", nbits=bits)
         return optimize.palettize_weights(model, optimize.OptimizationConfig(global_config=config))
 
 

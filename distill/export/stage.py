@@ -15,7 +15,6 @@ from distill.export.files import digest, remove, size
 from distill.export.handover import write_readme
 from distill.export.onnx_decoder import export_onnx_decoder, low_res_model
 from distill.export.onnx_encoder import encoder_model, export_onnx_encoder
-from distill.export.postprocess import append_postprocessing
 from distill.export.proof import ParityError, Reference
 from distill.export.quantize import export_int8_encoder
 from distill.export.subject import Subject, is_untrained, load_subject, wanted_formats
@@ -144,6 +143,8 @@ def makers(recipe: Recipe, subject: Subject, reference: Reference, directory: Pa
         return export_coreml_encoder(coreml(), reference, path, origin, bits)
 
     def onnx_decoder(path: Path, single: bool = True, crop: bool = False) -> dict[str, Any]:
+        from distill.export.postprocess import append_postprocessing  # onnxscript takes half a second to load
+
         model = append_postprocessing(low_res(subject.sam, single), crop)
         return export_onnx_decoder(model, reference, path)
 

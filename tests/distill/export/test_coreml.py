@@ -65,6 +65,7 @@ def test_a_package_makes_the_predictors_embedding(name: str, downsample: str, tm
     assert [path.name for path in tmp_path.iterdir()] == ["Encoder.mlpackage"]
 
 
+@pytest.mark.slow
 def test_an_app_passes_a_pixel_buffer_and_can_read_what_it_has(tmp_path: Path) -> None:
     encoder, package = small_student(), tmp_path / "Encoder.mlpackage"
     export_coreml_encoder(convert_encoder(RgbEncoder(encoder).eval()), reference(encoder), package, ORIGIN)
@@ -114,6 +115,7 @@ def test_six_bits_are_a_palette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "constexpr_lut_to_dense" in operations
 
 
+@pytest.mark.slow
 def test_a_package_that_is_wrong_is_not_kept(tmp_path: Path) -> None:
     class Forgetful(RgbEncoder):
         def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -161,6 +163,7 @@ def test_a_decoder_takes_1_to_16_points_and_a_box(count: int, with_box: bool, de
     np.testing.assert_allclose(found["iou_predictions"][0, 1:], iou, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_positions_are_computed_in_float32(decoder: tuple[Path, dict]) -> None:
     """In float16 x = 1000.3 px is 1000.5, and its angle off by a hundredth."""
     function = specification(decoder[0]).mlProgram.functions["main"]

@@ -58,6 +58,7 @@ def test_weights_and_activations_are_in_8_bits(repvit: Model, tmp_path: Path, mo
     assert {entry.type for entry in open_session(path).get_inputs()} == {"tensor(float)"}
 
 
+@pytest.mark.slow
 def test_operators_go_back_to_float_until_the_masks_are_right(
     repvit: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_dynamic_batch_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     np.testing.assert_allclose(open_session(path).run(None, {"image": images})[0], singly, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_the_optimiser_makes_of_attention_is_what_the_file_says(
     tiny_vit: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,6 +88,7 @@ def test_four_masks_are_sam_predictors_at_every_size(height: int, width: int, sa
             np.testing.assert_allclose(found["low_res_masks"][0, 1:], three[2], atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), SIZES)
 def test_a_single_mask_is_the_one_that_segment_anything_chooses(
     height: int, width: int, sam: Sam, files: dict[str, Path]
@@ -121,6 +122,7 @@ def test_cvat_gets_the_object_alone_and_where_it_is(height: int, width: int, sam
         np.testing.assert_array_equal(found["masks"][0, 0], mask[ytl : ybr + 1, xtl : xbr + 1])
 
 
+@pytest.mark.slow
 def test_an_empty_mask_is_one_pixel_for_cvat(tmp_path: Path) -> None:
     sam = load_teacher("toy", None, 128)
     for network in sam.mask_decoder.output_hypernetworks_mlps:
@@ -188,6 +190,7 @@ def test_each_output_and_an_earlier_mask_are_compared(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_decoder_is_described_and_one_of_another_sam_is_refused(tmp_path: Path) -> None:
     compared = reference(small_student())
     described = export_onnx_decoder(model(toy()), compared, tmp_path / "decoder.onnx")

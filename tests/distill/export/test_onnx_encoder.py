@@ -65,6 +65,7 @@ def test_the_file_is_one_plain_onnx_model_that_does_not_say_where_it_was_made(tm
     assert str(Path(__file__).parents[3]).encode() not in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_float16_halves_the_file_and_keeps_its_types(tmp_path: Path) -> None:
     encoder = small_student("tiny_vit_5m")
     export(encoder, tmp_path / "encoder.onnx")
@@ -104,6 +105,7 @@ class Forgetful(RgbEncoder):
         return self.encoder(image)
 
 
+@pytest.mark.slow
 def test_an_export_that_is_wrong_is_not_kept(tmp_path: Path) -> None:
     encoder = small_student()
     model = encoder_model(Forgetful(encoder).eval())

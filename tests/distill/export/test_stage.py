@@ -81,6 +81,7 @@ def test_any_student_can_be_exported_without_its_cache(
     assert path.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_student_of_another_size_takes_a_decoder_of_its_own_size(
     finished_run: Path, tmp_path: Path, accelerator: Accelerator
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_file_that_fails_is_named_and_the_others_are_there(
     assert "failures" not in json.loads((directory / "manifest.json").read_text())
 
 
+@pytest.mark.slow
 def test_other_formats_are_added_to_what_is_there_and_leftovers_go(
     finished_run: Path, tmp_path: Path, accelerator: Accelerator
 ) -> None:
@@ -194,6 +196,7 @@ def test_the_exit_code_of_an_export_that_is_wrong_is_1(
     assert len(said.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_what_an_earlier_student_left_goes_first(finished_run: Path, tmp_path: Path, accelerator: Accelerator) -> None:
     directory = tmp_path / "run" / "export"
     (directory / "Encoder.mlpackage").mkdir(parents=True)
@@ -265,6 +268,7 @@ def test_without_coremltools_the_formats_that_need_it_are_named(
     assert "export.formats: coreml, coreml_8bit, coreml_6bit needs coremltools, which is not installed" in said
 
 
+@pytest.mark.slow
 def test_nothing_of_coremltools_is_loaded_until_it_is_needed() -> None:
     """There is none for Windows, and it takes seconds."""
     code = "import sys, distill.main; sys.exit(any(name.startswith('coremltools') for name in sys.modules))"
