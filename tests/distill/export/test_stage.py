@@ -116,8 +116,8 @@ def test_a_checkpoint_alone_is_enough(finished_run: Path, tmp_path: Path, cli: C
 
 @pytest.mark.slow
 def test_every_format_of_a_publishers_checkpoint(tmp_path: Path, cli: Cli) -> None:
-    """An edge_sam.pth, which brings its own decoder, at 1024 px."""
-    student = create_student("repvit_m1", downsample="fuse").eval()
+    """In the layout of edge_sam.pth, which brings its own decoder, at 1024 px."""
+    student = create_student("repvit_m1_0", downsample="fuse").eval()
     torch.manual_seed(0)
     sam = untrained_sam(student).eval()
     save_published(tmp_path / "edge_sam.pth", student, sam)
@@ -131,7 +131,7 @@ def test_every_format_of_a_publishers_checkpoint(tmp_path: Path, cli: Cli) -> No
     assert result.returncode == 0, result.stderr
     directory = tmp_path / "runs" / "edge_sam" / "export"
     manifest = json.loads((directory / "manifest.json").read_text())
-    assert manifest["student"]["name"] == manifest["teacher"] == "edge_sam"
+    assert manifest["student"]["name"] == manifest["teacher"] == "repvit_m1_0-fuse"
     for name, entry in manifest["files"].items():
         assert entry["sha256"] == digest(directory / name)
     sums = "cd Encoder.mlpackage && find . -type f | LC_ALL=C sort | xargs sha256sum | sha256sum"
