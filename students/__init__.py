@@ -20,6 +20,7 @@ from students.encoder import (
     list_students,
 )
 from students.errors import InputError, first_line
+from students.macs import count_macs
 from students.sam import build_student_sam, require_decoder
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "architecture_of",
     "build_encoder",
     "build_student_sam",
+    "count_macs",
     "create_student",
     "first_line",
     "identify",

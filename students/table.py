@@ -1,15 +1,13 @@
 """`python -m students.table`: what every student is, in parameters and multiply-accumulates, for docs/students.md."""
 
-from collections.abc import Callable
-
 import torch
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from students.architectures import PUBLISHED, VITS, architecture_name, every_student
 from students.encoder import build_encoder
+from students.macs import count_macs
 from students.sam import untrained_sam
 
 SIDE = 1024
@@ -32,7 +30,7 @@ def students_table() -> str:
             encoder = sam_model_registry[name]().image_encoder.requires_grad_(False)
             lines.append(_line(f"{name} |", encoder, encoder, f"SAM {name[-1].upper()}"))
     decoder = untrained_sam(nn.Identity()).requires_grad_(False)
-    macs = _macs(lambda: _one_point(decoder)) / 1e9
+    macs = count_macs(lambda: _one_point(decoder)) / 1e9
     lines.append(f"| prompt encoder, mask decoder | | {_millions(decoder)} | | {macs:.1f} | for one point | all |")
     return "\n".join(lines)
 
@@ -40,19 +38,12 @@ def students_table() -> str:
 def _line(name: str, encoder: nn.Module, fused: nn.Module, published: str) -> str:
     image = torch.zeros(1, 3, SIDE, SIDE, device="meta")
     shape = " × ".join(str(size) for size in fused(image).shape[1:])
-    macs = _macs(lambda: fused(image)) / 1e9
+    macs = count_macs(lambda: fused(image)) / 1e9
     return f"| {name} | {_millions(encoder)} | {_millions(fused)} | {macs:,.1f} | {shape} | {published} |"
 
 
 def _millions(model: nn.Module) -> str:
     return f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M"
-
-
-def _macs(run: Callable[[], object]) -> float:
-    """Multiply-accumulates of convolutions and matrix products, those of attention among them."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops() / 2
 
 
 def _one_point(sam: Sam) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from distill.benchmark.timing import Times, cost_alone, interleave, machine
+from distill.benchmark.machine import cost_alone, machine
+from distill.benchmark.timing import interleave, spread, timed
 from embeddings_cache.codec import CacheRow, encode_pixels
 from embeddings_cache.files import write_json
 from embeddings_cache.format import DTYPES, CacheIdentity, CacheInfo
@@ -22,6 +23,7 @@ from embeddings_cache.reader import EmbeddingsCache, shard_paths
 from embeddings_cache.writer import ShardWriter
 from students import InputError
 
+MAPPED = "np.memmap"
 GIB = 2**30
 ROWS_PER_SHARD = 256
 READ_PER_SHARD = 4
@@ -52,7 +54,7 @@ def benchmark_cache(settings: CacheBenchmark) -> dict[str, Any]:
     with TemporaryDirectory(dir=settings.dir, prefix="cache-benchmark-") as directory:
         make_light_cache(Path(directory), settings.open_rows)
         rows.append(_benchmark_opening(settings, Path(directory)))
-    return {"settings": vars(settings), "machine": machine(torch.device("cpu")), "rows": rows}
+    return {"settings": vars(settings), "machine": machine(torch.device("cpu")), "baseline": MAPPED, "rows": rows}
 
 
 def _benchmark_reading(settings: CacheBenchmark, directory: Path) -> list[dict[str, Any]]:
@@ -75,14 +77,16 @@ def _benchmark_reading(settings: CacheBenchmark, directory: Path) -> list[dict[s
             for index in order:
                 read(index)
 
-        times = interleave({"np.memmap": read_mapped, "cache": read_rows}, settings.rounds, torch.device("cpu"))
+        passes: dict[str, Callable[[], object]] = {MAPPED: read_mapped, "cache": read_rows}
+        cpu = torch.device("cpu")
+        times = interleave({name: timed(run, cpu) for name, run in passes.items()}, settings.rounds, MAPPED)
         results += [
             {
                 "name": f"{len(cache)} {what} in random order",
                 "backend": name,
                 **took.as_json(),
                 "GiB_per_s": round(mapped.nbytes / GIB / took.median, 3),
-                "of_memmap": round(times["np.memmap"].median / took.median, 3),
+                "of_memmap": took.speed_up,
             }
             for name, took in times.items()
         ]
@@ -96,7 +100,7 @@ def _benchmark_opening(settings: CacheBenchmark, directory: Path) -> dict[str, A
     return {
         "name": f"open {settings.open_rows} rows in {shards} shards",
         "backend": "cache",
-        **Times([cost.seconds]).as_json(),
+        **spread([cost.seconds]),
         "added_bytes": cost.added_bytes,
     }
 

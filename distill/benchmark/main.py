@@ -12,13 +12,37 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.benchmark.cache import CacheBenchmark, benchmark_cache
+from distill.benchmark.compare import compare, machines_differ
+from distill.benchmark.plot import draw_students
+from distill.benchmark.students import StudentsBenchmark, benchmark_students
+from distill.benchmark.tables import (
+    as_markdown,
+    as_text,
+    changes_table,
+    describe_machine,
+    notes,
+    plain_table,
+    published_table,
+    students_table,
+)
 from distill.benchmark.teacher import TeacherBenchmark, benchmark_teacher
 from distill.benchmark.train import TrainBenchmark, benchmark_train
 from distill.checks import nearest
-from embeddings_cache.files import read_json, write_json
+from embeddings_cache.files import read_json, whole_file, write_json
 from students import InputError, first_line
 
+USAGE = """\
+python benchmark.py BENCHMARK [key=value ...]
+python benchmark.py students [CONTENDER ...] [--quick] [key=value ...]
+python benchmark.py compare BEFORE.json AFTER.json
+
+Measure what things cost: each beside its baseline, in turns, in one run. A contender is a student or one of SAM's
+encoders (repvit_m0_9, tiny_vit_5m, vit_b, ...), a checkpoint (.safetensors, .pt, .pth), or an exported file (.onnx,
+.mlpackage). Every sample goes to benchmark.json, the tables to benchmark.md. `compare` tells what changed beyond
+noise."""
+
 KINDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]], str]] = {
+    "students": (StudentsBenchmark, benchmark_students, "encoders on backends: latency, memory, size, fidelity"),
     "teacher": (TeacherBenchmark, benchmark_teacher, "the teacher's encoder against segment-anything's own"),
     "train": (TrainBenchmark, benchmark_train, "a training step: precisions, memory formats, reading the cache"),
     "cache": (CacheBenchmark, benchmark_cache, "reading embeddings against np.memmap, and opening a large cache"),
@@ -31,6 +55,8 @@ def main(arguments: list[str]) -> int:
         print(help_text())
         return 0
     try:
+        if arguments[0] == "compare":
+            return tell_changes(arguments[1:])
         kind, settings = parse(arguments)
         out = Path(settings.out)
         others = read_json(out) if out.exists() else {}
@@ -40,12 +66,62 @@ def main(arguments: list[str]) -> int:
     except InputError as error:
         print(f"benchmark.py: {error}", file=sys.stderr)
         return 2
-    print(table(content["rows"]))
+    except KeyboardInterrupt:
+        print("benchmark.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print(as_text(students_table(content["rows"]) if kind == "students" else plain_table(content["rows"])))
+    for line in notes(content):
+        print(line)
     for key, value in content.items():
-        if isinstance(value, int | float | str):
+        if isinstance(value, int | float):
             print(f"{key}: {value}")
-    write_json(out, {**others, kind: content})
-    print(f"-> {out}")
+    written = write_results(out, {**others, kind: content})
+    print(f"-> {', '.join(map(str, written))}")
+    return 0
+
+
+def write_results(out: Path, contents: dict[str, Any]) -> list[Path]:
+    """All benchmarks that a file has, as JSON, as Markdown and, of students, as a picture beside it."""
+    write_json(out, contents)
+    page = out.with_suffix(".md")
+    with whole_file(page) as temporary:
+        temporary.write_text(markdown(contents), encoding="utf-8")
+    students = contents.get("students")
+    pictures = draw_students(students["rows"], out) if isinstance(students, dict) else []
+    return [out, page, *pictures]
+
+
+def markdown(contents: dict[str, Any]) -> str:
+    """A page with a section for each benchmark."""
+    parts = ["# Benchmark"]
+    for kind, content in contents.items():
+        if not isinstance(content, dict) or "rows" not in content:
+            continue
+        rows = content["rows"]
+        parts += [f"## {kind}", describe_machine(content["machine"]) + "."]
+        parts.append(as_markdown(students_table(rows) if kind == "students" else plain_table(rows)))
+        if lines := notes(content):
+            parts.append("\n".join(f"- {line}" for line in lines))
+        if published := content.get("published"):
+            parts += ["Published by others, not measured here:", as_markdown(published_table(published))]
+    return "\n\n".join(parts) + "\n"
+
+
+def tell_changes(arguments: list[str]) -> int:
+    """`compare`: a table of what changed.
+
+    Raises:
+        InputError: not two files with benchmarks.
+    """
+    if len(arguments) != 2:
+        raise InputError("compare takes two files: python benchmark.py compare BEFORE.json AFTER.json")
+    before, after = map(Path, arguments)
+    rows = compare(before, after)
+    print(as_text(changes_table(rows)))
+    changed = [row for row in rows if row["verdict"] in ("slower", "faster")]
+    print(f"{len(changed)} of {len(rows)} rows changed beyond noise, in relation to their baseline (99 % interval)")
+    for line in machines_differ(before, after):
+        print(f"{line}: times of the two files are not those of one machine")
     return 0
 
 
@@ -60,6 +136,8 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         raise InputError(f"{kind!r} is no benchmark{nearest(kind, KINDS)}")
     schema = KINDS[kind][0]
     keys = [entry.name for entry in fields(schema)]
+    if kind == "students":
+        overrides = with_contenders(overrides)
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or key not in keys:
@@ -70,15 +148,24 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
         raise InputError(first_line(error)) from error
     settings = OmegaConf.to_object(merged)
     for key, value in vars(settings).items():
-        least = 0 if key == "pipeline" else 1
+        least = 0 if key in ("pipeline", "decoder_runs") else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise InputError(f"{key}={value} is less than {least}")
     return kind, settings
 
 
+def with_contenders(words: list[str]) -> list[str]:
+    """Words that are no `key=value` as what they stand for: `--quick`, and names of contenders."""
+    names = [word for word in words if "=" not in word and word != "--quick"]
+    overrides = [word for word in words if "=" in word]
+    if "--quick" in words:
+        overrides.append("quick=true")
+    return overrides + ([f"contenders={','.join(names)}"] if names else [])
+
+
 def help_text() -> str:
     """Every benchmark with its keys, their defaults and what they are."""
-    lines = ["python benchmark.py BENCHMARK [key=value ...]", ""]
+    lines = [USAGE, ""]
     for kind, (schema, _, summary) in KINDS.items():
         lines.append(f"{kind}: {summary}")
         comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(schema), re.MULTILINE))
@@ -89,15 +176,3 @@ def help_text() -> str:
             lines.append(f"  {f'{entry.name}={shown}':<34} {comments[entry.name]}")
         lines.append("")
     return "\n".join(lines).rstrip()
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as aligned text, a column for each key."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [columns, *([_shown(row.get(column)) for column in columns] for row in rows)]
-    widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)

@@ -11,13 +11,14 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, Sam
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
+from distill.benchmark.machine import cost_alone, gpu_peak, machine, matrix_product_rate, pick_device
 from distill.benchmark.pipeline import WHOLE, pipeline_row
-from distill.benchmark.timing import Times, cost_alone, gpu_peak, interleave, machine, matrix_product_rate, pick_device
+from distill.benchmark.timing import Measured, interleave, timed
 from distill.checks import nearest
 from embeddings_cache.encoder import TEACHER_DTYPES, TeacherEncoder
 from embeddings_cache.preprocess import to_encoder_input
+from embeddings_cache.progress import bar
 from embeddings_cache.teacher import known_teachers
 from embeddings_cache.toy_teacher import load_toy_teacher
 from embeddings_cache.vit import fuse_attention
@@ -64,7 +65,7 @@ def benchmark_teacher(settings: TeacherBenchmark) -> dict[str, Any]:
     ready = {name: prepare() for name, prepare in passes.items()}
     expected = ready[BASELINE]()
     errors = {name: _error(encode(), expected) for name, encode in ready.items()}
-    times = interleave(ready, settings.rounds, device)
+    times = interleave({name: timed(encode, device) for name, encode in ready.items()}, settings.rounds, BASELINE)
     memory = _memory(passes, ready, device) if settings.memory else {}
     rows = [
         {
@@ -72,13 +73,13 @@ def benchmark_teacher(settings: TeacherBenchmark) -> dict[str, Any]:
             "backend": name,
             **times[name].as_json(),
             "images_per_s": round(settings.batch_size / times[name].median, 3),
-            "speed_up": round(times[BASELINE].median / times[name].median, 3),
+            "speed_up": times[name].speed_up,
             **errors[name],
             **({"peak_memory_bytes": memory[name]} if memory else {}),
         }
         for name in passes
     ]
-    content: dict[str, Any] = {"settings": vars(settings), "machine": machine(device)}
+    content: dict[str, Any] = {"settings": vars(settings), "machine": machine(device), "baseline": BASELINE}
     content["rows"] = rows
     if settings.pipeline != 0:
         count = settings.pipeline or (64 if device.type == "cuda" else 2)
@@ -153,12 +154,12 @@ def _memory(
 ) -> dict[str, int]:
     if device.type != "cuda":
         return {
-            name: cost_alone(prepare).peak_bytes for name, prepare in tqdm(passes.items(), desc="memory", leave=False)
+            name: cost_alone(prepare).peak_bytes for name, prepare in bar(passes.items(), desc="memory", leave=False)
         }
     return {name: gpu_peak(encode, device) for name, encode in ready.items()}
 
 
-def _share_of_peak(settings: TeacherBenchmark, times: dict[str, Times], device: torch.device) -> dict[str, Any]:
+def _share_of_peak(settings: TeacherBenchmark, times: dict[str, Measured], device: torch.device) -> dict[str, Any]:
     """How near the fastest pass is to the rate of one large matrix product on this very GPU."""
     rate = matrix_product_rate(device)
     sam = load_sam(settings)

@@ -1,170 +1,187 @@
-"""Timing that can be trusted on a machine whose speed drifts."""
+"""Timing that can be trusted on a machine whose speed drifts: in turns, and as ratios of what was measured together."""
 
-import resource
+import math
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from pathlib import Path
-from platform import platform, processor
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from scipy.stats import t as student_t
 
-from students import InputError
+from embeddings_cache.progress import bar
+
+CONFIDENCE = 0.95
+"""Of the intervals of ratios."""
+
+NO_RATIO: dict[str, float | None] = {"ratio": None, "ratio_low": None, "ratio_high": None}
+
+Subject = Callable[[], list[float]]
+"""Works, and returns the seconds of each run that counts; none where it can work no more."""
+
+Pair = tuple[float, float]
+"""Seconds of the baseline and of a subject, of neighbouring turns."""
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of each round, of one subject."""
+@dataclass
+class Measured:
+    """Of one subject, a list for each launch of its process; what is measured in this process has one launch.
 
-    seconds: list[float]
+    `seconds` has every run that counts; `pairs` one entry a round, of the medians of two neighbouring turns.
+    """
+
+    seconds: list[list[float]] = field(default_factory=lambda: [[]])
+    pairs: list[list[Pair]] = field(default_factory=lambda: [[]])
 
     @property
     def median(self) -> float:
-        return statistics.median(self.seconds)
+        """Seconds."""
+        return statistics.median(second for launch in self.seconds for second in launch)
 
-    def as_json(self, parts: int = 1) -> dict[str, float]:
-        """Median and spread in milliseconds, as the report shows them, of one of so many equal parts of a round."""
-        ordered = sorted(seconds / parts for seconds in self.seconds)
-        last = len(ordered) - 1
+    @property
+    def speed_up(self) -> float:
+        """How many times as fast as the baseline."""
+        value = ratio(self.pairs)["ratio"]
+        return round(1 / value, 4) if value else math.nan
+
+    def as_json(self, parts: int = 1) -> dict[str, Any]:
+        """Milliseconds of one of so many equal parts of a run, and the ratio to the baseline.
+
+        Returns:
+            `median_ms`, `p10_ms`, `p90_ms`, `ratio`, `ratio_low`, `ratio_high`; and all that these are made of,
+            `samples_ms` and `pairs_ms`, of whole runs and with a list for each launch.
+        """
         return {
-            "median_ms": round(1e3 * self.median / parts, 3),
-            "p10_ms": round(1e3 * ordered[round(0.1 * last)], 3),
-            "p90_ms": round(1e3 * ordered[round(0.9 * last)], 3),
+            **spread([second / parts for launch in self.seconds for second in launch]),
+            **ratio(self.pairs),
+            "samples_ms": [[round(1e3 * second, 4) for second in launch] for launch in self.seconds],
+            "pairs_ms": [[[round(1e3 * second, 4) for second in pair] for pair in launch] for launch in self.pairs],
         }
 
 
-def interleave(subjects: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Times]:
-    """Time each subject once a round, in an order that turns from round to round, after one round to warm up.
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile in milliseconds, as the report shows them."""
+    ordered = sorted(seconds)
+    last = len(ordered) - 1
+    return {
+        "median_ms": round(1e3 * statistics.median(ordered), 3),
+        "p10_ms": round(1e3 * ordered[round(0.1 * last)], 3),
+        "p90_ms": round(1e3 * ordered[round(0.9 * last)], 3),
+    }
 
-    So a machine that becomes slower or faster meanwhile is slower or faster for all of them, and a ratio of medians
-    means something.
+
+def log_ratios(launches: Sequence[Sequence[Sequence[float]]]) -> list[float]:
+    """Logarithms of subject / baseline that are independent of each other: a process is faster or slower than the next
+    one of the same program as a whole, so each launch gives one; where there was only one, each pair does."""
+    logs = [[math.log(own / baseline) for baseline, own in launch] for launch in launches if launch]
+    return (
+        [statistics.fmean(launch) for launch in logs] if len(logs) > 1 else [log for launch in logs for log in launch]
+    )
+
+
+def ratio(launches: Sequence[Sequence[Sequence[float]]]) -> dict[str, float | None]:
+    """The subject's time over the baseline's, from pairs, with Student's interval of the mean of their logarithms.
+
+    Returns:
+        `ratio`, `ratio_low` and `ratio_high`; None where there is nothing to tell them from.
     """
-    names = list(subjects)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    with tqdm(total=(rounds + 1) * len(names), unit=" runs", leave=False) as progress:
-        for number in range(rounds + 1):
-            turn = number % len(names)
-            for name in names[turn:] + names[:turn]:
-                progress.set_description(name)
-                synchronize(device)
-                started = time.perf_counter()
-                subjects[name]()
-                synchronize(device)
-                if number:
-                    seconds[name].append(time.perf_counter() - started)
-                progress.update()
-    return {name: Times(values) for name, values in seconds.items()}
+    logs = log_ratios(launches)
+    if not logs:
+        return NO_RATIO
+    mean, half = statistics.fmean(logs), half_width(logs)
+    low, high = (None, None) if half is None else (round(math.exp(mean - half), 4), round(math.exp(mean + half), 4))
+    return {"ratio": round(math.exp(mean), 4), "ratio_low": low, "ratio_high": high}
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of Student's interval of a mean; None of fewer than two values."""
+    if len(values) < 2:
+        return None
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return error * float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+
+
+def timed(run: Callable[[], object], device: torch.device) -> Subject:
+    """Something that is called once a turn, and whose work on a GPU is waited for."""
+
+    def turn() -> list[float]:
+        synchronize(device)
+        started = time.perf_counter()
+        run()
+        synchronize(device)
+        return [time.perf_counter() - started]
+
+    return turn
+
+
+def interleave(
+    subjects: Mapping[str, Subject], rounds: int, baseline: str, warm_up: bool = True
+) -> dict[str, Measured]:
+    """Measure subjects in turns, each beside a turn of the baseline.
+
+    So a machine that becomes slower or faster meanwhile is slower or faster for both of a pair, and their ratio means
+    something.
+
+    Args:
+        subjects: by name.
+        rounds: turns of each that count; the baseline has more.
+        baseline: the name of one.
+        warm_up: give each a turn before the first round.
+    """
+    measured = {name: Measured() for name in subjects}
+    order = [turns(list(subjects), baseline, number) for number in range(rounds)]
+    total = sum(len(group) for groups in order for group in groups) + warm_up * len(subjects)
+    with bar(total=total, unit=" turns", leave=False) as progress:
+
+        def take(name: str) -> list[float]:
+            progress.set_description(name)
+            seconds = subjects[name]()
+            progress.update()
+            return seconds
+
+        for name in subjects if warm_up else ():
+            take(name)
+        for group in (group for groups in order for group in groups):
+            taken = {name: take(name) for name in group}
+            for name, seconds in taken.items():
+                measured[name].seconds[0] += seconds
+                if seconds and taken[baseline]:
+                    pair = statistics.median(taken[baseline]), statistics.median(seconds)
+                    measured[name].pairs[0].append(pair)
+    return measured
+
+
+def turns(names: Sequence[str], baseline: str, number: int) -> list[list[str]]:
+    """Who has a turn when in a round: groups of the baseline and one or two others, before and after it.
+
+    The order turns from round to round, so that nobody is always behind the same neighbour.
+    """
+    others = [name for name in names if name != baseline]
+    if not others:
+        return [[baseline]]
+    shift = number % len(others)
+    others = others[shift:] + others[:shift]
+    groups = []
+    for first, *second in (others[place : place + 2] for place in range(0, len(others), 2)):
+        group = [first, baseline, *second]
+        groups.append(group if number % 2 == 0 else group[::-1])
+    return groups
+
+
+def join(launches: Sequence[Mapping[str, Measured]]) -> dict[str, Measured]:
+    """Several launches of the same subjects as one measurement."""
+    names = list(dict.fromkeys(name for launch in launches for name in launch))
+    return {
+        name: Measured(
+            [seconds for launch in launches if name in launch for seconds in launch[name].seconds],
+            [pairs for launch in launches if name in launch for pairs in launch[name].pairs],
+        )
+        for name in names
+    }
 
 
 def synchronize(device: torch.device) -> None:
     """Wait for a GPU to be done; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one call took in a process of its own: seconds, and bytes held at most, in all and more than before it."""
-
-    seconds: float
-    peak_bytes: int
-    added_bytes: int
-
-
-def cost_alone(prepare: Callable[[], Callable[[], object]]) -> Cost:
-    """Measure one call in a new process, so that nothing else has touched its memory.
-
-    Args:
-        prepare: called there (so it must be picklable); returns what is to be measured.
-    """
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure, args=(prepare, sender))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    finally:
-        process.join()
-
-
-def _measure(prepare: Callable[[], Callable[[], object]], sender: Connection) -> None:
-    measured = prepare()
-    before = _peak_bytes(forget=True)
-    started = time.perf_counter()
-    kept = measured()
-    seconds = time.perf_counter() - started
-    peak = _peak_bytes()
-    sender.send(Cost(seconds, peak, peak - before))
-    del kept
-
-
-def _peak_bytes(forget: bool = False) -> int:
-    """This process's largest resident memory so far; on Linux it can be forgotten first, elsewhere it only grows."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        if forget:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-MATRIX = 8192
-"""Side of the square bfloat16 matrices whose product says what a GPU can do."""
-
-
-def matrix_product_rate(device: torch.device) -> float:
-    """Floating-point operations a second of one large bfloat16 matrix product on this very device."""
-    left, right = (torch.randn(MATRIX, MATRIX, device=device, dtype=torch.bfloat16) for _ in range(2))
-    product = interleave({"product": lambda: [left @ right for _ in range(10)]}, 5, device)["product"]
-    return 10 * 2 * MATRIX**3 / product.median
-
-
-def gpu_peak(measured: Callable[[], object], device: torch.device) -> int:
-    """Bytes that a call adds at most to what the GPU holds before it."""
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    measured()
-    synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu` or `cuda` → a device.
-
-    Raises:
-        InputError: none of these, or there is no GPU.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device={name} is not known; known: auto, cpu, cuda")
-    gpu = torch.cuda.is_available()
-    if name == "cuda" and not gpu:
-        raise InputError("device=cuda: this PyTorch finds no GPU")
-    return torch.device("cuda" if gpu and name != "cpu" else "cpu")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name() or processor()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "system": platform(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _cpu_name() -> str | None:
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return None
-    lines = (line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name"))
-    return next((line.partition(":")[2].strip() for line in lines), None)

@@ -12,10 +12,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from distill.benchmark.cache import CacheBenchmark, make_cache
-from distill.benchmark.timing import cost_alone, gpu_peak, interleave, machine, matrix_product_rate, pick_device
+from distill.benchmark.machine import cost_alone, gpu_peak, machine, matrix_product_rate, pick_device
+from distill.benchmark.timing import interleave, timed
 from distill.checks import nearest
 from distill.losses import Objective
 from distill.recipe import Recipe
@@ -24,6 +24,7 @@ from distill.train import learn, parameter_groups, student_config, to_training
 from distill.training.batches import Batch, CachedImages, TimedBatches, TrainingOrder, make_loader
 from distill.training.plan import Plan
 from distill.training.rows import Group
+from embeddings_cache.progress import bar
 from embeddings_cache.reader import EmbeddingsCache
 from students import InputError, build_encoder, list_students
 
@@ -86,7 +87,12 @@ def benchmark_train(settings: TrainBenchmark) -> dict[str, Any]:
         cache = Path(directory)
         make_cache(cache, CacheBenchmark(rows=settings.rows, image_size=settings.image_size))
         rows = _measure(settings, variants, cache, device)
-    content: dict[str, Any] = {"settings": vars(settings), "machine": machine(device), "rows": rows}
+    content: dict[str, Any] = {
+        "settings": vars(settings),
+        "machine": machine(device),
+        "baseline": str(variants[0]),
+        "rows": rows,
+    }
     if device.type == "cuda":
         fastest = min(rows, key=lambda row: row["median_ms"])
         flops, rate = _flops_per_image(settings, device), matrix_product_rate(device)
@@ -105,14 +111,14 @@ def _measure(
     in_memory = {str(variant): partial(step_in_memory, settings, variant, cache, device) for variant in variants}
     from_cache = {f"{variants[0]}, from the cache": partial(step_from_cache, settings, variants[0], cache, device)}
     prepared = {name: prepare() for name, prepare in {**in_memory, **from_cache}.items()}
-    times = interleave(prepared, settings.rounds, device)
+    baseline = str(variants[0])
+    times = interleave({name: timed(run, device) for name, run in prepared.items()}, settings.rounds, baseline)
     memory: dict[str, int] = {}
     if settings.memory and device.type == "cuda":
         memory = {name: gpu_peak(prepared[name], device) for name in in_memory}
     elif settings.memory:
-        subjects = tqdm(in_memory.items(), desc="memory", leave=False)
+        subjects = bar(in_memory.items(), desc="memory", leave=False)
         memory = {name: cost_alone(prepare).peak_bytes for name, prepare in subjects}
-    baseline = str(variants[0])
     rows = []
     for name, took in times.items():
         images_per_s = settings.steps * settings.batch_size / took.median
@@ -121,13 +127,13 @@ def _measure(
             "backend": name,
             **took.as_json(settings.steps),
             "images_per_s": round(images_per_s, 3),
-            "speed_up": round(times[baseline].median / took.median, 3),
+            "speed_up": took.speed_up,
             "hours_of_8_epochs": round(PAPER_EPOCHS * PAPER_IMAGES / images_per_s / 3600, 1),
         }
         if name in memory:
             row["peak_memory_bytes"] = memory[name]
         if name in from_cache:
-            row["of_memory_step"] = round(took.median / times[baseline].median, 3)
+            row["of_memory_step"] = row["ratio"]
         rows.append(row)
     return rows
 

@@ -39,14 +39,25 @@ def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def open_session(path: Path, **options: Any) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU, which only reports errors; `options` are `SessionOptions`' attributes."""
+def open_session(
+    path: Path, provider: str = "CPUExecutionProvider", sizes: dict[str, int] | None = None, **options: Any
+) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session, which only reports errors.
+
+    Args:
+        path: of the file.
+        provider: what runs it; what that cannot run goes to the CPU.
+        sizes: of dimensions that the file leaves open, by name.
+        options: `SessionOptions`' attributes.
+    """
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
     settings.intra_op_num_threads = torch.get_num_threads()
     for name, value in options.items():
         setattr(settings, name, value)
-    return onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    for name, size in (sizes or {}).items():
+        settings.add_free_dimension_override_by_name(name, size)
+    return onnxruntime.InferenceSession(str(path), settings, providers=[provider])
 
 
 @contextmanager

@@ -143,6 +143,13 @@ def test_a_benchmark_is_shown_and_names_are_text(recipe: Recipe, accelerator: Ac
     assert shown(page_of(recipe))["latency"] == ["<b>ours</b>\tonnxruntime\t12.3 ms\t11.0–15.0 ms"]
 
 
+def test_a_contender_that_failed_is_shown_with_the_reason(recipe: Recipe, accelerator: Accelerator) -> None:
+    row = {"name": "vit_h", "backend": "eager", "reason": "killed, <most likely> for want of memory"}
+    (Path(recipe.run_dir) / "benchmark.json").write_text(json.dumps({"students": {"rows": [row]}}))
+    assert report(recipe, accelerator)
+    assert "killed, &lt;most likely&gt; for want of memory" in page_of(recipe).read_text()
+
+
 def test_it_is_made_anew_when_a_figure_changed_and_only_then(
     recipe: Recipe, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
 ) -> None:

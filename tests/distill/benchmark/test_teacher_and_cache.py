@@ -9,7 +9,7 @@ from segment_anything.modeling.image_encoder import Block
 from distill.benchmark.cache import CacheBenchmark, make_cache, map_plainly, whole_row
 from distill.benchmark.main import main
 from distill.benchmark.teacher import TeacherBenchmark, load_sam
-from distill.benchmark.timing import interleave
+from distill.benchmark.timing import ratio
 from embeddings_cache.reader import EmbeddingsCache
 from students import create_student, save_student
 
@@ -32,7 +32,12 @@ def test_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exact["max_difference"] < 1e-4
     assert 1e-4 < half["relative_error"] < 2e-2
     assert all(row["p10_ms"] <= row["median_ms"] <= row["p90_ms"] for row in content["rows"])
-    assert exact["speed_up"] == pytest.approx(baseline["median_ms"] / exact["median_ms"], rel=0.01)
+    assert exact["speed_up"] == pytest.approx(1 / exact["ratio"], rel=0.01)
+    assert ratio(exact["pairs_ms"])["ratio"] == pytest.approx(exact["ratio"], rel=1e-3)
+    assert exact["ratio_low"] < exact["ratio"] < exact["ratio_high"]
+    assert baseline["ratio"] == 1
+    assert pipeline["ratio"] is None
+    assert "| ours, bfloat16 |" in out.with_suffix(".md").read_text()
     assert content["machine"]["torch"] == torch.__version__
     assert "ours, bfloat16" in capsys.readouterr().out
 
@@ -70,7 +75,7 @@ def test_cache(tmp_path: Path) -> None:
     assert read[0] == pytest.approx(read[1], rel=0.05)
     assert read[2] == pytest.approx(read[3], rel=0.05)
     assert read[2] > 1.1 * read[0]
-    assert [path.name for path in tmp_path.iterdir()] == ["benchmark.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.json", "benchmark.md"]
 
 
 def test_reading_is_compared_on_the_same_bytes(tmp_path: Path) -> None:
@@ -123,11 +128,3 @@ def test_help_says_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  name=vit_b " in text
     assert "  checkpoint=null " in text
     assert "  open_rows=112000 " in text
-
-
-def test_rounds_are_interleaved_and_turn() -> None:
-    order: list[str] = []
-    subjects = {name: lambda name=name: order.append(name) for name in "abc"}
-    times = interleave(subjects, rounds=3, device=torch.device("cpu"))
-    assert "".join(order) == "abcbcacababc"
-    assert all(len(taken.seconds) == 3 for taken in times.values())
