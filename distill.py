@@ -2,7 +2,7 @@
 
 import sys
 
-from distill.main import main
+if __name__ == "__main__":  # processes that convert import this file too, and not all that the command line needs
+    from distill.main import main
 
-if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -129,7 +129,7 @@ class EvaluateRecipe:
 @dataclass
 class ExportRecipe:
     formats: list[str] = field(default_factory=lambda: list(DEFAULT_FORMATS))  # files to make; docs/export.md; or all
-    images: int = 4  # held-out images that every file is compared with PyTorch on
+    images: int = 2  # held-out images that every file is compared with PyTorch on
     calibration_images: int = 8  # training images that give onnx_int8 the ranges of its activations
     dynamic_batch: bool = False  # ONNX encoders take any number of images at once, and not just one
 

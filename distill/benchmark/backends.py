@@ -8,7 +8,7 @@ import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from google.protobuf.message import DecodeError
 from PIL import Image
 from torch import nn
 
@@ -28,7 +29,7 @@ from distill.export.encoder import RgbEncoder
 from distill.export.onnx_decoder import low_res_model
 from distill.export.onnx_encoder import encoder_model
 from distill.export.onnx_file import open_session
-from students import InputError
+from students import InputError, first_line
 
 PROMPT = {
     "point_coords": np.array([[[300.0, 200.0], [0.0, 0.0]]], dtype=np.float32),
@@ -74,7 +75,7 @@ class Backend:
 
 
 def load_torch(contender: Contender, folder: Path, threads: int, device: str = "cpu", compiled: bool = False) -> Runner:
-    """PyTorch, branches fused; convolutions with channels last, as they are fastest."""
+    """PyTorch, branches fused; weights with channels last, as convolutions are fastest."""
     encoder, sam = build(contender)
     size = int(encoder.img_size)  # type: ignore[arg-type]
     place = torch.device(device)
@@ -85,12 +86,9 @@ def load_torch(contender: Contender, folder: Path, threads: int, device: str = "
         if decoder is not None:
             decoder.compile(dynamic=False)
 
-    def feed(pixels: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(pixels).float().contiguous(memory_format=torch.channels_last)
-
     @torch.no_grad()
     def encode(image: torch.Tensor) -> np.ndarray:
-        return rgb(image.to(place)).cpu().numpy()
+        return rgb(image.to(place)).contiguous().cpu().numpy()
 
     @torch.no_grad()
     def decode(embedding: np.ndarray, decoder: nn.Module | None = decoder) -> np.ndarray:
@@ -98,7 +96,13 @@ def load_torch(contender: Contender, folder: Path, threads: int, device: str = "
         tensors = [torch.from_numpy(array).to(place) for array in (embedding, *PROMPT.values())]
         return decoder(*tensors)[0].cpu().numpy()
 
-    return Runner(size, feed, encode, decode if decoder else "its file has no decoder", batches=not compiled)
+    return Runner(
+        size,
+        lambda pixels: torch.from_numpy(pixels).float(),
+        encode,
+        decode if decoder else "its file has no decoder",
+        batches=not compiled,
+    )
 
 
 def prepare_onnx(contender: Contender, folder: Path) -> None:
@@ -128,7 +132,7 @@ def load_onnxruntime(
     def session(images: int) -> onnxruntime.InferenceSession:
         if images not in sessions:
             sessions.clear()
-            sizes = {opening: images} if isinstance(opening, str) else {}
+            sizes = {opening: images} if isinstance(opening, str) and opening else {}
             sessions[images] = open_session(path, provider, sizes, intra_op_num_threads=threads)
             found = sessions[images].get_providers()[0]
             if found != provider:
@@ -138,30 +142,36 @@ def load_onnxruntime(
     image = session(1).get_inputs()[0]
     if image.name != "image" or len(image.shape) != 4 or image.shape[2] != image.shape[3]:
         raise InputError(f"{path} does not take an image (N, 3, S, S): it has {image.name} {image.shape}")
-    decoder = open_session(decoder_path, provider, intra_op_num_threads=threads) if decoder_path.exists() else None
+    decoder = cache(lambda: open_session(decoder_path, provider, intra_op_num_threads=threads))
 
     def encode(pixels: np.ndarray) -> np.ndarray:
         return session(len(pixels)).run(None, {"image": pixels})[0]
 
     def decode(embedding: np.ndarray) -> np.ndarray:
-        assert decoder is not None
         inputs = decoder_inputs(embedding, image.shape[2])
-        taken = {each.name: inputs[each.name] for each in decoder.get_inputs()}
-        return decoder.run(["low_res_masks"], taken)[0]
+        taken = {each.name: inputs[each.name] for each in decoder().get_inputs()}
+        return decoder().run(["low_res_masks"], taken)[0]
 
     return Runner(
         image.shape[2],
         lambda pixels: pixels.astype(np.float32),
         encode,
-        decode if decoder else f"no decoder.onnx beside {path.name}",
+        decode if decoder_path.exists() else f"no decoder.onnx beside {path.name}",
         batches=isinstance(opening, str),
     )
 
 
 def onnx_images(path: Path) -> int | str:
-    """How many images a file takes: a number, or the name of an open dimension."""
-    size = onnx.load(path, load_external_data=False).graph.input[0].type.tensor_type.shape.dim[0]
-    return size.dim_param or size.dim_value
+    """How many images a file takes: a number, or the name of an open dimension, which may be empty.
+
+    Raises:
+        InputError: it is no ONNX file.
+    """
+    try:
+        shape = onnx.load(path, load_external_data=False).graph.input[0].type.tensor_type.shape
+    except (DecodeError, IndexError) as error:
+        raise InputError(f"{path} cannot be read as ONNX: {first_line(error)}") from error
+    return shape.dim[0].dim_value or shape.dim[0].dim_param
 
 
 def decoder_inputs(embedding: np.ndarray, size: int) -> dict[str, np.ndarray]:
@@ -196,15 +206,16 @@ def load_openvino(contender: Contender, folder: Path, threads: int) -> Runner:
             compiled[len(pixels)] = core.compile_model(model, "CPU", settings)
         return compiled[len(pixels)]({"image": pixels})[0]
 
-    decoder = core.compile_model(core.read_model(decoder_path), "CPU", settings) if decoder_path.exists() else None
+    decoder = cache(lambda: core.compile_model(core.read_model(decoder_path), "CPU", settings))
 
     def decode(embedding: np.ndarray) -> np.ndarray:
-        assert decoder is not None
         inputs = decoder_inputs(embedding, size)
-        return decoder({each.any_name: inputs[each.any_name] for each in decoder.inputs})["low_res_masks"]
+        return decoder()({each.any_name: inputs[each.any_name] for each in decoder().inputs})["low_res_masks"]
 
     reason = f"no decoder.onnx beside {path.name}"
-    return Runner(size, lambda pixels: pixels.astype(np.float32), encode, decode if decoder else reason, batches)
+    return Runner(
+        size, lambda pixels: pixels.astype(np.float32), encode, decode if decoder_path.exists() else reason, batches
+    )
 
 
 def prepare_coreml(contender: Contender, folder: Path) -> None:
@@ -226,17 +237,16 @@ def load_coreml(contender: Contender, folder: Path, threads: int, unit: str = "A
     model = ct.models.MLModel(str(path), compute_units=units)
     size = model.get_spec().description.input[0].type.imageType.width
     decoder_path = path.with_name("Decoder.mlpackage")
-    decoder = ct.models.MLModel(str(decoder_path), compute_units=units) if decoder_path.exists() else None
+    decoder = cache(lambda: ct.models.MLModel(str(decoder_path), compute_units=units))
 
     def decode(embedding: np.ndarray) -> np.ndarray:
-        assert decoder is not None
-        return decoder.predict({"image_embeddings": embedding.astype(np.float16), **PROMPT})["low_res_masks"]
+        return decoder().predict({"image_embeddings": embedding.astype(np.float16), **PROMPT})["low_res_masks"]
 
     return Runner(
         size,
         lambda pixels: Image.fromarray(np.ascontiguousarray(pixels[0].transpose(1, 2, 0))),
         lambda image: model.predict({"image": image})["image_embeddings"],
-        decode if decoder else f"no Decoder.mlpackage beside {path.name}",
+        decode if decoder_path.exists() else f"no Decoder.mlpackage beside {path.name}",
         batches=False,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
+from distill.benchmark.machine import TOOLS
 from distill.benchmark.timing import log_ratios
 from embeddings_cache.files import read_json
 from students import InputError
@@ -22,6 +23,9 @@ MEMORY = 0.05
 """Share by which the peak memory of two runs of the same differs."""
 
 MIOU = 0.001
+
+MACHINE = ("device", "gpu", "threads", "torch", "system")
+"""What of the machine makes times those of another one."""
 
 
 def compare(before: Path, after: Path) -> list[dict[str, Any]]:
@@ -56,12 +60,19 @@ def machines_differ(before: Path, after: Path) -> list[str]:
     contents = [_read(path) for path in (before, after)]
     lines = []
     for kind in contents[0]:
-        parts = [content.get(kind, {}).get("machine", {}) for content in contents]
-        for key in ("device", "threads", "torch", "system"):
-            first, second = (part.get(key) for part in parts)
+        parts = [content.get(kind, {}) for content in contents]
+        told = [{**_of(part, "machine"), **_of(part, "machine", "versions"), **_of(part, "settings")} for part in parts]
+        for key in (*MACHINE, *TOOLS, "image_size"):
+            first, second = (each.get(key) for each in told)
             if first is not None and second is not None and first != second:
                 lines.append(f"{kind}: {key} was {first}, is {second}")
     return lines
+
+
+def _of(content: Any, *keys: str) -> dict[str, Any]:
+    for key in keys:
+        content = content.get(key, {})
+    return content
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -88,8 +99,10 @@ def _compare_rows(before: dict[str, Any], after: dict[str, Any], same_baseline: 
     if not all(any(values) for values in logs):  # its own baseline, or from before pairs were kept
         return {"verdict": "no ratio", **medians, "other": other}
     change = statistics.fmean(logs[1]) - statistics.fmean(logs[0])
-    half = _welch(*logs)
-    result: dict[str, Any] = {"verdict": "cannot be told", **medians, "change": round(math.exp(change), 4)}
+    once = any(len(row["pairs_ms"]) < 2 for row in (before, after))
+    half = None if once else _welch(*logs)
+    verdict = "cannot be told: one launch" if once else "cannot be told"
+    result: dict[str, Any] = {"verdict": verdict, **medians, "change": round(math.exp(change), 4)}
     if half is not None:
         low, high = math.exp(change - half), math.exp(change + half)
         result |= {"change_low": round(low, 4), "change_high": round(high, 4)}

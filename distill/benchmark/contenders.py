@@ -13,6 +13,8 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from distill.checks import nearest
+from distill.export.files import digest as file_digest
+from distill.export.files import size as file_size
 from embeddings_cache.files import read_json, sha256
 from students import (
     PUBLISHED,
@@ -171,17 +173,29 @@ def _config(contender: Contender) -> StudentConfig | str:
 
 def _onnx_facts(contender: Contender) -> dict[str, Any]:
     path = Path(contender.source)
-    try:
-        model = of_one_image(onnx.load(path))
-    except Exception as error:  # protobuf's and ONNX's own, of a file that is something else
-        raise InputError(f"{path} cannot be read as ONNX: {str(error).splitlines()[0]}") from error
-    return {"parameters": onnx_parameters(model), "macs": onnx_macs(model), "file_bytes": path.stat().st_size}
+    model = onnx.load(path, load_external_data=False)
+    files = {path, *(path.parent / name for name in _external_files(model))}
+    return {
+        "parameters": onnx_parameters(model),
+        "macs": onnx_macs(of_one_image(model)),
+        "file_bytes": sum(file_size(file) for file in files),
+    }
 
 
 def _coreml_facts(contender: Contender) -> dict[str, Any]:
-    files = [file for file in Path(contender.source).rglob("*") if file.is_file()]
-    return {"parameters": None, "macs": None, "file_bytes": sum(file.stat().st_size for file in files)}
+    return {"parameters": None, "macs": None, "file_bytes": file_size(Path(contender.source))}
 
+
+def _external_files(model: onnx.ModelProto) -> set[str]:
+    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+    return {entry.value for entry in entries if entry.key == "location"}
+
+
+PRODUCTS = ("Conv", "MatMul", "Gemm")
+OTHER_PRODUCTS = {
+    "ConvTranspose", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul", "Einsum", "If", "Loop",
+}  # fmt: skip
+"""Operators that multiply and are not counted here; where one is, the sum would be wrong."""
 
 WEIGHTS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
 
@@ -214,12 +228,16 @@ def onnx_macs(model: onnx.ModelProto) -> int | None:
         model: from `of_one_image`.
 
     Returns:
-        None where a shape that it takes is open.
+        None where a shape that it takes is open, or it has products of another kind.
     """
+    if model.functions or any(
+        node.domain not in ("", "ai.onnx") or node.op_type in OTHER_PRODUCTS for node in model.graph.node
+    ):
+        return None
     shapes = _shapes(model)
     total = 0
     for node in model.graph.node:
-        if node.op_type not in ("Conv", "MatMul", "Gemm"):
+        if node.op_type not in PRODUCTS:
             continue
         output, weight = shapes.get(node.output[0]), shapes.get(node.input[1])
         if output is None or weight is None:
@@ -244,8 +262,8 @@ def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
 
 
 def miou_with_teacher(contender: Contender) -> dict[str, float | None]:
-    """Mean IoU of the student's masks with the teacher's, from the evaluation in its run directory; of an exported file
-    that of the student that it was made of, to which `manifest.json` compares the file."""
+    """Mean IoU of the student's masks with the teacher's, from the evaluation in its run directory, if it is of these
+    very weights: a checkpoint's, or those of the float files that `manifest.json` says were made of them."""
     nothing: dict[str, float | None] = {"miou_point": None, "miou_box": None}
     path = contender.path
     if path is None:
@@ -254,10 +272,7 @@ def miou_with_teacher(contender: Contender) -> dict[str, float | None]:
     if contender.kind != "torch":
         if not manifest.exists():
             return nothing
-        digest, beside = (
-            _dig(read_json(manifest), "made_from", "student_sha256"),
-            path.parent.parent / "evaluation.json",
-        )
+        digest, beside = _made_from(path, read_json(manifest)), path.parent.parent / "evaluation.json"
     if not beside.exists():
         return nothing
     if contender.kind == "torch":
@@ -266,6 +281,14 @@ def miou_with_teacher(contender: Contender) -> dict[str, float | None]:
     if digest is None or _dig(evaluation, "made_from", "student_sha256") != digest:
         return nothing
     return {f"miou_{prompt}": _dig(evaluation, "miou", prompt, "all", "student_teacher") for prompt in ("point", "box")}
+
+
+def _made_from(path: Path, manifest: Any) -> str | None:
+    """SHA-256 of the student that an exported file holds; None where its weights are not the student's any more."""
+    entry = _dig(manifest, "files", path.name)
+    if _dig(entry, "sha256") != file_digest(path) or "int8" in entry["precision"] or "bits" in entry["precision"]:
+        return None
+    return _dig(manifest, "made_from", "student_sha256")
 
 
 def _dig(value: Any, *keys: str) -> Any:

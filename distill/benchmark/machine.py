@@ -1,9 +1,11 @@
 """The machine that something is measured on: what it is, what it can do at best, and what a process of its takes."""
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -66,7 +68,8 @@ def peak_bytes(forget: bool = False) -> int:
     status = Path("/proc/self/status")
     if status.exists():
         if forget:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            with suppress(OSError):  # a sandbox
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     import resource  # there is none on Windows
@@ -107,9 +110,11 @@ def pick_device(name: str) -> torch.device:
 def machine(device: torch.device, threads: int | None = None) -> dict[str, Any]:
     """What the numbers were measured on."""
     cpu = _cpu_name() or processor()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device": gpu if gpu and device.type == "cuda" else cpu,
         "cpu": cpu,
+        "gpu": gpu,
         "cores": available_cores(),
         "threads": threads or torch.get_num_threads(),
         "memory_bytes": _memory_bytes(),
@@ -129,6 +134,9 @@ def _memory_bytes() -> int | None:
 
 
 def _cpu_name() -> str | None:
+    if sys.platform == "darwin":
+        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        return asked.stdout.strip() or None
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return None

@@ -13,8 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.benchmark.cache import CacheBenchmark, benchmark_cache
 from distill.benchmark.compare import compare, machines_differ
+from distill.benchmark.contenders import SUFFIXES
 from distill.benchmark.plot import draw_students
-from distill.benchmark.students import StudentsBenchmark, benchmark_students
+from distill.benchmark.students import QUICK, StudentsBenchmark, benchmark_students
 from distill.benchmark.tables import (
     as_markdown,
     as_text,
@@ -72,6 +73,8 @@ def main(arguments: list[str]) -> int:
     print(as_text(students_table(content["rows"]) if kind == "students" else plain_table(content["rows"])))
     for line in notes(content):
         print(line)
+    if published := content.get("published"):
+        print(f"\npublished by others, not measured here\n{as_text(published_table(published))}\n")
     for key, value in content.items():
         if isinstance(value, int | float):
             print(f"{key}: {value}")
@@ -131,36 +134,37 @@ def parse(arguments: list[str]) -> tuple[str, Any]:
     Raises:
         InputError: an unknown benchmark, key or value.
     """
-    kind, *overrides = arguments
+    kind, *words = arguments
     if kind not in KINDS:
         raise InputError(f"{kind!r} is no benchmark{nearest(kind, KINDS)}")
     schema = KINDS[kind][0]
     keys = [entry.name for entry in fields(schema)]
-    if kind == "students":
-        overrides = with_contenders(overrides)
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or key not in keys:
-            raise InputError(f"{override!r} is no key=value of {kind}{nearest(key, keys)}")
+    quick: tuple[str, ...] = ()
+    names, overrides = [], []
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if equals and key in keys and key != "contenders":
+            overrides.append(word)
+        elif kind == "students" and word == "--quick":
+            quick = QUICK
+        elif kind == "students" and (not equals or Path(word).suffix in SUFFIXES):
+            names.append(word)
+        else:
+            raise InputError(f"{word!r} is no key=value of {kind}{nearest(key, keys)}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(overrides))
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist([*quick, *overrides]))
     except OmegaConfBaseException as error:
         raise InputError(first_line(error)) from error
-    settings = OmegaConf.to_object(merged)
+    settings: Any = OmegaConf.to_object(merged)
+    if names:
+        settings.contenders = names
+    if (suffix := Path(settings.out).suffix) in (".md", ".png", ".svg"):
+        raise InputError(f"out={settings.out}: the numbers are JSON, and {suffix} is for what lies beside them")
     for key, value in vars(settings).items():
         least = 0 if key in ("pipeline", "decoder_runs") else 1
         if isinstance(value, int) and not isinstance(value, bool) and value < least:
             raise InputError(f"{key}={value} is less than {least}")
     return kind, settings
-
-
-def with_contenders(words: list[str]) -> list[str]:
-    """Words that are no `key=value` as what they stand for: `--quick`, and names of contenders."""
-    names = [word for word in words if "=" not in word and word != "--quick"]
-    overrides = [word for word in words if "=" in word]
-    if "--quick" in words:
-        overrides.append("quick=true")
-    return overrides + ([f"contenders={','.join(names)}"] if names else [])
 
 
 def help_text() -> str:
@@ -172,6 +176,8 @@ def help_text() -> str:
         defaults = schema()
         for entry in fields(schema):
             default = getattr(defaults, entry.name)
+            if isinstance(default, list):
+                default = ",".join(default)
             shown = {"None": "null", "True": "true", "False": "false"}.get(str(default), default)
             lines.append(f"  {f'{entry.name}={shown}':<34} {comments[entry.name]}")
         lines.append("")

@@ -1,6 +1,7 @@
 """What each student costs: latency, memory, size and fidelity of any encoders on any backends, beside each other."""
 
 import contextlib
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,20 +14,21 @@ from distill.benchmark.backends import BACKENDS, MINUTES
 from distill.benchmark.contenders import Contender, find_contenders
 from distill.benchmark.machine import machine
 from distill.benchmark.published import PUBLISHED_LATENCIES
-from distill.benchmark.timing import Measured, interleave, join, spread
+from distill.benchmark.timing import Measured, in_ms, interleave, spread
 from distill.benchmark.worker import Lost, Worker, describe, prepare, serve
 from distill.checks import nearest
+from distill.export.files import size as file_size
 from embeddings_cache.overlap import available_cores
 from embeddings_cache.progress import bar
 from students import InputError
 
-QUICK: dict[str, Any] = {"launches": 1, "rounds": 4, "decoder_runs": 0, "batches": "0", "backends": "eager"}
-"""What `quick` changes of the defaults."""
+QUICK = ("backends=eager", "launches=1", "rounds=4", "decoder_runs=0", "batches=0")
+"""What `--quick` stands for; what else is on the command line counts more."""
 
 
 @dataclass
 class StudentsBenchmark:
-    contenders: str = "recipes"  # after commas, or without a key: names, files, or the groups recipes, students, sam
+    contenders: list[str] = field(default_factory=lambda: ["recipes"])  # names, files, groups; given without a key
     backends: str = "auto"  # after commas; auto: all that can run here, but for compiled; all: with the reason why not
     baseline: str | None = None  # CONTENDER or CONTENDER:BACKEND that ratios are to; default: the first row
     image_size: int = 1024  # of students that go by a name: side of the square input in pixels
@@ -36,7 +38,6 @@ class StudentsBenchmark:
     batches: str = "1,2,4"  # after commas: images at once that are tried for images/s; 0: none
     decoder_runs: int = 10  # of each decoder, in each launch
     threads: int | None = None  # and cores of each contender; default: all
-    quick: bool = False  # or --quick, a minute's answer: eager, one launch, the encoder's latency alone
     patience: float = 600.0  # seconds after which a contender that does not answer is given up
     out: str = "benchmark.json"  # where the numbers go; .md, .png and .svg beside it
 
@@ -49,8 +50,8 @@ class Entry:
     backend: str
     folder: Path
     known: dict[str, Any] = field(default_factory=dict)
-    measured: list[Measured] = field(default_factory=list)
-    decoder: list[float] = field(default_factory=list)
+    measured: Measured = field(default_factory=lambda: Measured([], []))
+    decoder: list[list[float]] = field(default_factory=list)
     reason: str | None = None
 
     @property
@@ -59,15 +60,15 @@ class Entry:
 
     def row(self) -> dict[str, Any]:
         """As `benchmark.json` has it; `reason` says why numbers are missing."""
-        measured = join([{"": launch} for launch in self.measured]).get("")
-        times = measured.as_json() if measured and any(measured.seconds) else {}
-        decoder = {f"decoder_{key}": value for key, value in spread(self.decoder).items()} if self.decoder else {}
+        times = self.measured.as_json() if any(self.measured.seconds) else {}
+        decoder = [second for launch in self.decoder for second in launch]
         return {
             "name": self.contender.label,
             "backend": self.backend,
             **self.known,
             **times,
-            **decoder,
+            **({f"decoder_{key}": value for key, value in spread(decoder).items()} if decoder else {}),
+            "decoder_samples_ms": in_ms(self.decoder),
             "reason": self.reason,
         }
 
@@ -78,13 +79,8 @@ def benchmark_students(settings: StudentsBenchmark) -> dict[str, Any]:
     Raises:
         InputError: a setting that makes no sense.
     """
-    if settings.quick:
-        defaults = StudentsBenchmark()
-        for key, value in QUICK.items():  # what was asked for stays
-            if getattr(settings, key) == getattr(defaults, key):
-                setattr(settings, key, value)
     batches = numbers_in(settings.batches)
-    contenders = find_contenders(settings.contenders.split(","), settings.image_size)
+    contenders = find_contenders(settings.contenders, settings.image_size)
     threads = settings.threads or available_cores()
     with TemporaryDirectory(prefix="students-benchmark-") as scratch:
         entries, not_here = plan(contenders, settings.backends.split(","), Path(scratch))
@@ -92,11 +88,11 @@ def benchmark_students(settings: StudentsBenchmark) -> dict[str, Any]:
         describe_all(entries, settings.patience)
         prepare_all(entries, settings.patience)
         for number in range(settings.launches):
-            launch(entries, baseline, settings, threads, batches if number == settings.launches - 1 else [])
+            baseline = launch(entries, baseline, settings, threads, batches if number == settings.launches - 1 else [])
     return {
         "settings": vars(settings),
         "machine": machine(torch.device("cpu"), threads),
-        "baseline": baseline.name,
+        "baseline": baseline.name if baseline else None,
         "rows": [entry.row() for entry in entries],
         "not_here": not_here,
         "published": PUBLISHED_LATENCIES,
@@ -107,8 +103,10 @@ def plan(contenders: list[Contender], asked: list[str], scratch: Path) -> tuple[
     """Every contender on every backend that is asked for and runs its kind; and with `auto`, which backends are not
     here and why.
 
+    A file that none of them runs gets the first that would.
+
     Raises:
-        InputError: an unknown backend; a contender that none of them runs.
+        InputError: an unknown backend.
     """
     for name in asked:
         if name not in (*BACKENDS, "auto", "all"):
@@ -128,34 +126,36 @@ def plan(contenders: list[Contender], asked: list[str], scratch: Path) -> tuple[
             here = [name for name in runs if name not in missing]
             fitting = here[:1] or runs[:1]
         for name in fitting:
-            folder = scratch / str(sources.index(contender.source))  # one that comes twice shares its files
+            # One that comes twice shares its files, and so do backends that make the same of it.
+            make = BACKENDS[name].prepare
+            folder = scratch / f"{sources.index(contender.source)}-{make.__name__ if make else 'none'}"
             folder.mkdir(exist_ok=True)
             entries.append(Entry(contender, name, folder, reason=missing.get(name)))
     return entries, missing if "auto" in asked else {}
 
 
-def find_baseline(entries: list[Entry], name: str | None) -> Entry:
-    """The row that ratios are to: by default the first that can run here.
+def find_baseline(entries: list[Entry], name: str | None) -> Entry | None:
+    """The row that ratios are to; None without a name, for the first that turns out to run.
 
     Raises:
         InputError: there is none of this name.
     """
-    if name is None:
-        return next((entry for entry in entries if entry.reason is None), entries[0])
-    for entry in entries:
+    for entry in entries if name else ():
         if name in (entry.name, entry.contender.label):
             return entry
+    if name is None:
+        return None
     names = [entry.name for entry in entries]
     raise InputError(f"baseline={name} is none of the rows{nearest(name, names)}")
 
 
 def describe_all(entries: list[Entry], patience: float) -> None:
-    """Parameters, multiply-accumulates and so on; a contender of which they cannot be said cannot be run either."""
+    """Parameters, multiply-accumulates and so on; where they cannot be said, loading will tell why."""
     by_contender: dict[str, list[Entry]] = {}
     for entry in entries:
         by_contender.setdefault(entry.contender.label, []).append(entry)
     for same in bar(by_contender.values(), desc="counting", leave=False):
-        with losing(*same), closing_worker(Worker(describe, (same[0].contender,), patience)) as worker:
+        with contextlib.suppress(Lost), closing_worker(Worker(describe, (same[0].contender,), patience)) as worker:
             known = worker.answer()
             for entry in same:
                 entry.known |= known
@@ -175,15 +175,19 @@ def prepare_all(entries: list[Entry], patience: float) -> None:
                 worker.answer()
             done[key] = entry.reason
         entry.reason = done[key]
-        encoder = entry.folder / "encoder.onnx"
-        if encoder.exists():
-            entry.known["file_bytes"] = encoder.stat().st_size
+        for made in ("encoder.onnx", "Encoder.mlpackage"):
+            if (entry.folder / made).exists():
+                entry.known["file_bytes"] = file_size(entry.folder / made)
 
 
 def launch(
-    entries: list[Entry], baseline: Entry, settings: StudentsBenchmark, threads: int, batches: list[int]
-) -> None:
-    """Start every contender anew, warm all up, and measure them in turns; what gets lost on the way says why."""
+    entries: list[Entry], baseline: Entry | None, settings: StudentsBenchmark, threads: int, batches: list[int]
+) -> Entry | None:
+    """Start every contender anew, warm all up, and measure them in turns; what gets lost on the way says why.
+
+    Returns:
+        The baseline: the first that runs, where there was none yet.
+    """
     workers: dict[str, Worker] = {}
     try:
         for entry in bar([each for each in entries if each.reason is None], desc="starting", leave=False):
@@ -191,26 +195,34 @@ def launch(
                 arguments = (entry.contender, entry.backend, entry.folder, threads, settings.turn_seconds)
                 worker = workers[entry.name] = Worker(serve, arguments, settings.patience)
                 worker.answer()
-                warm = worker.ask("warm_up")
-                if not entry.measured:  # the first launch
-                    entry.known |= {key: warm[key] for key in ("peak_memory_bytes", "peak_gpu_bytes") if key in warm}
-                entry.known.setdefault("warm_up_runs", []).append(len(warm["seconds"]))
-                entry.known["stable"] = entry.known.get("stable", True) and warm["stable"]
+                note_warm_up(entry, worker.ask("warm_up"))
         running = {entry.name: entry for entry in entries if entry.reason is None}
+        if not running:
+            return baseline
+        baseline = baseline or next(iter(running.values()))
+        there = baseline.name in running
         subjects = {name: turn_of(entry, workers[name]) for name, entry in running.items()}
-        if not subjects:
-            return
-        middle = baseline.name if baseline.name in subjects else next(iter(subjects))
-        for name, measured in interleave(subjects, settings.rounds, middle, warm_up=False).items():
-            if baseline.name not in subjects:
-                measured.pairs = [[]]  # without the baseline there are no ratios, and still times
-            running[name].measured.append(measured)
+        beside = baseline.name if there else next(iter(running))
+        for name, measured in interleave(subjects, settings.rounds, beside, warm_up=False).items():
+            running[name].measured.seconds += measured.seconds
+            running[name].measured.pairs += measured.pairs if there else [[]]
         for name, entry in bar(running.items(), desc="decoder, batches", leave=False):
             if entry.reason is None:
                 finish(entry, workers[name], settings.decoder_runs, batches)
+            workers[name].close()
+        return baseline
     finally:
         for worker in workers.values():
             worker.close()
+
+
+def note_warm_up(entry: Entry, warm: dict[str, Any]) -> None:
+    """Keep what warming up says: memory of the first launch, times of all."""
+    for key in ("peak_memory_bytes", "peak_gpu_bytes"):
+        if key in warm:
+            entry.known.setdefault(key, warm[key])
+    entry.known.setdefault("warm_up_ms", []).extend(in_ms([[warm["first"], *warm["seconds"]]]))
+    entry.known["stable"] = entry.known.get("stable", True) and warm["stable"]
 
 
 def turn_of(entry: Entry, worker: Worker) -> Callable[[], list[float]]:
@@ -227,27 +239,31 @@ def turn_of(entry: Entry, worker: Worker) -> Callable[[], list[float]]:
 
 
 def finish(entry: Entry, worker: Worker, decoder_runs: int, batches: list[int]) -> None:
-    """The decoder; and in the last launch batches, of which one that is too large costs nothing else."""
-    if decoder_runs:
-        with losing(entry):
+    """The decoder; and in the last launch batches. A decoder that fails, or a batch that is too large, costs nothing
+    else."""
+    try:
+        if decoder_runs:
             seconds = worker.ask("decode", decoder_runs)
             if isinstance(seconds, str):
                 entry.known["decoder_reason"] = seconds
             else:
-                entry.decoder += seconds
-    best: dict[str, Any] = {}
-    for images in batches if entry.reason is None else ():
+                entry.decoder.append(seconds)
+    except Lost as lost:
+        entry.known["decoder_reason"] = entry.known["batch_reason"] = f"decoder: {lost}"
+        return
+    for images in batches:
         try:
-            rate = worker.ask("throughput", images)
+            seconds = worker.ask("throughput", images)
         except Lost as lost:
-            entry.known["batch_reason"] = f"{images} at once: {lost}"
-            break
-        if rate is None:
+            entry.known["batch_reason"] = f"{images} images at once: {lost}"
+            return
+        if seconds is None:
             entry.known["batch_reason"] = "takes one image at once"
-            break
-        if rate > best.get("images_per_s", 0):
-            best = {"images_per_s": round(rate, 3), "best_batch": images}
-    entry.known |= best
+            return
+        entry.known.setdefault("batches_ms", {})[images] = in_ms([seconds])[0]
+        rate = images / statistics.median(seconds)
+        if rate > entry.known.get("images_per_s", 0):
+            entry.known |= {"images_per_s": round(rate, 3), "best_batch": images}
 
 
 @contextlib.contextmanager

@@ -6,14 +6,14 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-NOT_SHOWN = ("reason", "stable", "warm_up_runs")
-"""Keys of rows that tables leave out; lists, which hold raw samples, they leave out too."""
+NOT_SHOWN = ("reason", "stable", "ratio_low", "ratio_high")
+"""Keys of rows that tables leave out or show with another; lists, which hold raw samples, they leave out too."""
 
 
 def plain_table(rows: list[dict[str, Any]]) -> list[list[str]]:
     """A column for each key of the rows, the header first."""
     columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if _is_shown(key, value)))
-    return [columns, *([_shown(row.get(column)) for column in columns] for row in rows)]
+    return [columns, *([_cell(row, column) for column in columns] for row in rows)]
 
 
 def students_table(rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -57,8 +57,17 @@ def notes(content: Row) -> list[str]:
     """What a table of students cannot say in its cells, a line each."""
     lines = []
     if baseline := content.get("baseline"):
-        lines.append(f"ratio: time over that of {baseline}, measured beside it; 95 % interval in brackets")
+        lost = not any(row.get("ratio") for row in content["rows"])
+        lines.append(
+            f"no ratios: {baseline}, which they would be to, was lost"
+            if lost
+            else f"ratio: time over that of {baseline}, measured beside it; 95 % interval in brackets"
+        )
+    if any(len(row.get("pairs_ms", [])) == 1 for row in content["rows"]):
+        lines.append("intervals are those of one launch: another may differ by more")
     lines += [f"{row['name']}:{row['backend']}: {row['reason']}" for row in content["rows"] if row.get("reason")]
+    cut = [row for row in content["rows"] if row.get("images_per_s") and row.get("batch_reason")]
+    lines += [f"{row['name']}:{row['backend']}: {row['batch_reason']}" for row in cut]
     unsettled = [f"{row['name']}:{row['backend']}" for row in content["rows"] if row.get("stable") is False]
     if unsettled:
         lines.append(f"had not settled when measuring began: {', '.join(unsettled)}")
@@ -69,10 +78,13 @@ def notes(content: Row) -> list[str]:
 
 
 def _is_shown(key: str, value: Any) -> bool:
-    return key not in NOT_SHOWN and not isinstance(value, list | dict) and not key.startswith(("ratio_",))
+    return key not in NOT_SHOWN and not isinstance(value, list | dict)
 
 
-def _shown(value: Any) -> str:
+def _cell(row: Row, key: str) -> str:
+    value = row.get(key)
+    if key == "ratio":
+        return _ratio(row)
     return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
@@ -117,6 +129,11 @@ def _rate(row: Row) -> str:
     return "" if row.get("images_per_s") is None else f"{row['images_per_s']:.2f} ({row['best_batch']})"
 
 
+def _memory(row: Row) -> str:
+    gpu = _number(row.get("peak_gpu_bytes"), 1e6, ".0f")
+    return _number(row.get("peak_memory_bytes"), 1e6, ".0f") + (f" + GPU {gpu}" if gpu else "")
+
+
 def _miou(row: Row) -> str:
     values = [row.get("miou_point"), row.get("miou_box")]
     return "" if None in values else " / ".join(f"{value:.3f}" for value in values)
@@ -132,6 +149,6 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "ratio": _ratio,
     "decoder ms": _or_reason(lambda row: _number(row.get("decoder_median_ms")), "decoder_reason", "not asked"),
     "images/s (batch)": _or_reason(_rate, "batch_reason", "not asked"),
-    "peak MB": lambda row: _number(row.get("peak_memory_bytes"), 1e6, ".0f"),
+    "peak MB": _memory,
     "mIoU point / box": lambda row: _miou(row) or "not evaluated",
 }

@@ -55,8 +55,8 @@ class Measured:
         return {
             **spread([second / parts for launch in self.seconds for second in launch]),
             **ratio(self.pairs),
-            "samples_ms": [[round(1e3 * second, 4) for second in launch] for launch in self.seconds],
-            "pairs_ms": [[[round(1e3 * second, 4) for second in pair] for pair in launch] for launch in self.pairs],
+            "samples_ms": in_ms(self.seconds),
+            "pairs_ms": [in_ms(launch) for launch in self.pairs],
         }
 
 
@@ -169,16 +169,9 @@ def turns(names: Sequence[str], baseline: str, number: int) -> list[list[str]]:
     return groups
 
 
-def join(launches: Sequence[Mapping[str, Measured]]) -> dict[str, Measured]:
-    """Several launches of the same subjects as one measurement."""
-    names = list(dict.fromkeys(name for launch in launches for name in launch))
-    return {
-        name: Measured(
-            [seconds for launch in launches if name in launch for seconds in launch[name].seconds],
-            [pairs for launch in launches if name in launch for pairs in launch[name].pairs],
-        )
-        for name in names
-    }
+def in_ms(launches: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Seconds as milliseconds, for JSON."""
+    return [[round(1e3 * second, 4) for second in launch] for launch in launches]
 
 
 def synchronize(device: torch.device) -> None:

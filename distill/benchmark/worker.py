@@ -7,7 +7,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -26,14 +26,21 @@ from students import first_line
 STABLE = 0.05
 """Warm when the medians of three runs and of the three before differ by no more than this share."""
 
-WARM_UP_RUNS, WARM_UP_SECONDS = 40, 20.0
+WARM_UP_RUNS, WARM_UP_SECONDS = 40, 60.0
 """Where warming up ends anyway."""
+
+SLOW = 10.0
+"""Seconds of warming up after which single runs are compared instead of medians of three."""
+
+PAUSE = 0.1
+"""Seconds before a turn, in which the threads of whoever had the last one stop waiting for more work."""
 
 SHORT = 1.0
 """Seconds; a run shorter than this is first done once without counting, for the caches that others have filled."""
 
 
 FAREWELL_SECONDS = 5.0
+"""That a process has to end by itself."""
 
 
 class Lost(Exception):
@@ -75,12 +82,14 @@ class Worker:
 
     def answer(self) -> Any:
         """Wait for what the process says next; raises as `ask`."""
-        if not self.connection.poll(self.patience):
-            self.close(at_once=True)
-            raise Lost(f"no answer for {self.patience:.0f} s")
         try:
+            if not self.connection.poll(self.patience):
+                self.close(at_once=True)
+                raise Lost(f"no answer for {self.patience:.0f} s")
             answer = self.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            self.process.join(FAREWELL_SECONDS)
+            self.process.kill()
             self.process.join()
             raise Lost(_how_it_died(self.process.exitcode)) from None
         if isinstance(answer, Failure):
@@ -114,56 +123,52 @@ def _how_it_died(exitcode: int | None) -> str:
 
 def prepare(connection: Connection, contender: Contender, backend: str, folder: Path) -> None:
     """Process: make a backend's files."""
-    _answer(connection, lambda: _prepared(contender, backend, folder))
-
-
-def _prepared(contender: Contender, backend: str, folder: Path) -> None:
     make = BACKENDS[backend].prepare
     assert make is not None
-    make(contender, folder)
+    with _telling(connection):
+        make(contender, folder)
+        connection.send("made")
 
 
 def describe(connection: Connection, contender: Contender) -> None:
     """Process: answer with the contender's `facts`."""
-    _answer(connection, lambda: facts(contender))
+    with _telling(connection):
+        connection.send(facts(contender))
 
 
-def serve(connection: Connection, contender: Contender, backend: str, folder: Path, threads: int, turn: float) -> None:
+def serve(
+    connection: Connection, contender: Contender, backend: str, folder: Path, threads: int, turn_seconds: float
+) -> None:
     """Process: load a contender, say so, and answer the requests that `Bench` has methods for."""
-    with contextlib.suppress(EOFError):  # the parent has gone
-        if (bench := _answer(connection, lambda: _bench(contender, backend, folder, threads, turn), say=None)) is None:
-            return
+    with _telling(connection):
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+        torch.set_num_threads(threads)
+        bench = Bench(BACKENDS[backend].load(contender, folder, threads), turn_seconds)
         connection.send("ready")
         while True:
             method, *arguments = connection.recv()
-            if _answer(connection, lambda: getattr(bench, method)(*arguments)) is Failure:  # noqa: B023
-                return
+            connection.send(getattr(bench, method)(*arguments))
 
 
-def _answer(connection: Connection, work: Callable[[], Any], say: str | None = "result") -> Any:
-    """Do something and send what comes of it, or why nothing does."""
+@contextlib.contextmanager
+def _telling(connection: Connection) -> Iterator[None]:
+    """Say what went wrong, unless nobody listens any more; Ctrl-C is the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_first()
-    try:
-        result = work()
-    except Exception as error:
-        connection.send(Failure(first_line(error) or type(error).__name__))
-        return Failure if say else None
-    if say:
-        connection.send(result)
-    return result
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        try:
+            yield
+        except (EOFError, BrokenPipeError):
+            raise
+        except Exception as error:
+            connection.send(Failure(first_line(error)))
 
 
 def _die_first() -> None:
     """Where Linux runs out of memory, let it take this process and not the one that keeps the results."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-
-
-def _bench(contender: Contender, backend: str, folder: Path, threads: int, turn: float) -> "Bench":
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-    torch.set_num_threads(threads)
-    return Bench(BACKENDS[backend].load(contender, folder, threads), turn)
 
 
 class Bench:
@@ -187,30 +192,38 @@ class Bench:
         """Run until the time settles.
 
         Returns:
-            Seconds of each run, whether they settled, and `peak_memory_bytes` of this process from the first one on.
+            `first`, the seconds of the first run, in which some compile; `seconds` of each run after it, whether they
+            settled, and `peak_memory_bytes` of this process in these.
         """
+        first = self._run(1)
         peak_bytes(forget=True)
         if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats()
         seconds: list[float] = []
-        while len(seconds) < WARM_UP_RUNS and not (settled := _settled(seconds)):
+        while not _settled(seconds) and len(seconds) < WARM_UP_RUNS and sum(seconds) < WARM_UP_SECONDS:
             seconds.append(self._run(1))
-            if sum(seconds) > WARM_UP_SECONDS and len(seconds) > 1:
-                break
         self.usual = statistics.median(seconds[-3:])
-        result: dict[str, Any] = {"seconds": seconds, "stable": settled, "peak_memory_bytes": peak_bytes()}
+        result: dict[str, Any] = {"first": first, "seconds": seconds, "stable": _settled(seconds)}
+        result["peak_memory_bytes"] = peak_bytes()
         if torch.cuda.is_initialized():
             result["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
         return result
 
     def turn(self) -> list[float]:
         """Encode images one by one; seconds of each that counts."""
+        time.sleep(PAUSE)
         if self.usual < SHORT:
             self._run(1)
         return [self._run(1) for _ in range(max(1, round(self.turn_seconds / self.usual)))]
 
     def decode(self, runs: int) -> list[float] | str:
-        """Seconds of each decoder run after a first one, or why there is none."""
+        """Seconds of each decoder run after a first one, or why there are none."""
+        try:
+            return self._decode(runs)
+        except Exception as error:  # which the encoder has nothing to do with
+            return first_line(error)
+
+    def _decode(self, runs: int) -> list[float] | str:
         if isinstance(self.runner.decode, str):
             return self.runner.decode
         shape = self.runner.encode(self.runner.feed(self._pixels(1))).shape
@@ -223,15 +236,15 @@ class Bench:
             _refuse_nan(masks, "decoder")
         return seconds[1:]
 
-    def throughput(self, images: int) -> float | None:
-        """Images a second in batches of so many; None where it takes only one at once."""
+    def throughput(self, images: int) -> list[float] | None:
+        """Seconds of each batch of so many, after a first one; None where it takes only one image at once."""
         if images > 1 and not self.runner.batches:
             return None
         self._run(images)
         seconds = [self._run(images)]
         while sum(seconds) < 2 * self.turn_seconds:
             seconds.append(self._run(images))
-        return images / statistics.median(seconds)
+        return seconds
 
     def _pixels(self, images: int) -> np.ndarray:
         size = self.runner.image_size
@@ -247,9 +260,10 @@ class Bench:
 
 
 def _settled(seconds: Sequence[float]) -> bool:
-    if len(seconds) < 6:
+    width = 3 if sum(seconds) < SLOW else 1
+    if len(seconds) < 2 * width:
         return False
-    before, now = statistics.median(seconds[-6:-3]), statistics.median(seconds[-3:])
+    before, now = statistics.median(seconds[-2 * width : -width]), statistics.median(seconds[-width:])
     return abs(now - before) <= STABLE * before
 
 

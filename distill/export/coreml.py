@@ -22,7 +22,7 @@ from distill.export.decoder import MASKS, VALUES, PromptDecoder
 from distill.export.encoder import RgbEncoder
 from distill.export.files import whole_directory
 from distill.export.onnx_file import quietly
-from distill.export.prompts import difference, place_embedding, points_of, predicted, prompts_of
+from distill.export.prompts import DECODER_IMAGES, difference, place_embedding, points_of, predicted, prompts_of
 from distill.export.proof import FLOAT16, Bounds, Encode, Reference, within
 from embeddings_cache.format import installed_versions
 from embeddings_cache.preprocess import PIXEL_MEAN
@@ -70,26 +70,24 @@ class Origin:
 
 
 def export_coreml_encoder(
-    converted: Any, reference: Reference, path: Path, origin: Origin, bits: int | None = None
+    model: Any, reference: Reference, path: Path, origin: Origin, bits: int | None = None
 ) -> dict[str, Any]:
     """Write a Core ML encoder; nothing is left at `path` unless it agrees with PyTorch.
 
     Args:
-        converted: from `convert_encoder`.
+        model: from `convert_encoder` and `compress`.
         reference: what PyTorch makes of some images.
         path: of the package, a directory.
         origin: for its metadata.
-        bits: of compressed weights: 8, linear in each channel, or 6, a palette for each tensor; None for float16.
+        bits: of its weights where they are compressed.
 
     Returns:
         Inputs, outputs and parity, for the manifest.
 
     Raises:
         ParityError: the package does not reproduce the encoder.
-        InputError: coremltools is not installed, or does not know something in the encoder.
     """
     size = reference.image_size
-    model = compress(converted, bits)
     origin.write_to(model, f"Segment Anything image encoder: {origin.describe()}")
     model.input_description["image"] = (
         f"RGB, longest side resized to {size}, at the top left; the rest filled with {PADDING_COLOUR}"
@@ -98,8 +96,9 @@ def export_coreml_encoder(
     with whole_directory(path) as temporary:
         model.save(str(temporary))
         parity = reference.parity(coreml_encode(MilProgram(temporary), size))
-        exact = coreml_encode(MilProgram(temporary, float16=False), size)
-        parity["relative_error_in_float32"] = reference.relative_error(exact)
+        if bits is None:
+            exact = coreml_encode(MilProgram(temporary, float16=False), size)
+            parity["relative_error_in_float32"] = reference.relative_error(exact)
         if runtime_available():
             parity["runtime"] = reference.parity(coreml_encode(CoremlRuntime(temporary), size))
             within(path.name, parity["runtime"], COMPRESSED if bits else FLOAT16)
@@ -123,14 +122,13 @@ def export_coreml_encoder(
     }
 
 
-def export_coreml_decoder(reference: Reference, path: Path, origin: Origin) -> dict[str, Any]:
+def export_coreml_decoder(model: Any, reference: Reference, path: Path, origin: Origin) -> dict[str, Any]:
     """Write a Core ML decoder: 1 to 16 points and a box → four low-resolution masks and their predicted IoUs.
 
-    Returns, raises: as `export_coreml_encoder`.
+    Args, returns, raises: as `export_coreml_encoder`, the model from `convert_decoder`.
     """
     sam = reference.decoder
     assert sam is not None
-    model = convert_decoder(PromptDecoder(sam).eval(), sam)
     origin.write_to(model, f"Segment Anything prompt encoder and mask decoder of {origin.teacher}")
     described = {"image_embeddings": "what Encoder.mlpackage makes", **VALUES}
     for name in ("image_embeddings", "point_coords", "point_labels"):
@@ -197,7 +195,8 @@ def convert_decoder(decoder: PromptDecoder, sam: Sam) -> Any:
 
 
 def compress(model: Any, bits: int | None) -> Any:
-    """Weights in 8 or 6 bits, or as they are; activations stay float16."""
+    """Weights in 8 bits, linear in each channel, in 6, a palette for each tensor, or as they are; activations stay
+    float16."""
     if bits is None:
         return model
     require_coremltools()
@@ -231,7 +230,8 @@ def decoder_parity(decode: Program, reference: Reference) -> dict[str, Any]:
     assert reference.decoder is not None
     predictor = SamPredictor(reference.decoder)
     errors, differences, ious = [], [], []
-    for row, embedding in zip(reference.rows, reference.embeddings, strict=True):
+    pairs = list(zip(reference.rows, reference.embeddings, strict=True))[:DECODER_IMAGES]
+    for row, embedding in pairs:
         place_embedding(predictor, embedding, row)
         for prompt in prompts_of(row):
             coords, labels = points_of(predictor, prompt)
@@ -244,10 +244,10 @@ def decoder_parity(decode: Program, reference: Reference) -> dict[str, Any]:
             errors.append(np.linalg.norm(apart) / np.linalg.norm(low_res))
             low = torch.from_numpy(made["low_res_masks"])
             upscaled = reference.decoder.postprocess_masks(low, row.input_size, row.original_size)
-            pairs = zip(upscaled[0].numpy() > 0, logits[0] > 0, strict=True)
-            ious += [mask_iou(*pair) for pair in pairs]
+            masks = zip(upscaled[0].numpy() > 0, logits[0] > 0, strict=True)
+            ious += [mask_iou(*pair) for pair in masks]
     return {
-        "images": len(reference.rows),
+        "images": len(pairs),
         "images_from": reference.images_from,
         "relative_error": float(np.max(errors)),
         "iou_difference": float(np.max(differences)),

@@ -122,7 +122,8 @@ def calibration_pictures(recipe: Recipe, size: int) -> list[np.ndarray]:
     count = recipe.export.calibration_images
     cache = _cache(recipe, size)
     if cache is None:
-        return [_scene_row(size, seed, CALIBRATION_SEED).pixels() for seed in range(count)]
+        scenes = (generate_scene(np.random.default_rng([CALIBRATION_SEED, seed]), size)[0] for seed in range(count))
+        return [resize_longest_side(scene, size) for scene in scenes]
     training, _ = cache.split(min(recipe.data.val_images, len(cache) - 1))
     return [cache[index].pixels() for index in training[:count]]
 
@@ -144,8 +145,8 @@ def _has_prompts(row: CacheRow) -> bool:
     return True
 
 
-def _scene_row(size: int, seed: int, generation: int = 0) -> CacheRow:
-    scene, masks = generate_scene(np.random.default_rng([generation, seed]), size)
+def _scene_row(size: int, seed: int) -> CacheRow:
+    scene, masks = generate_scene(np.random.default_rng([0, seed]), size)
     pixels = resize_longest_side(scene, size)
     sizes = (scene.shape[0], scene.shape[1]), (pixels.shape[0], pixels.shape[1])
     annotation = json.dumps(sa1b_annotation(seed, scene, masks))

@@ -40,12 +40,12 @@ def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def open_session(
-    path: Path, provider: str = "CPUExecutionProvider", sizes: dict[str, int] | None = None, **options: Any
+    model: Path | bytes, provider: str = "CPUExecutionProvider", sizes: dict[str, int] | None = None, **options: Any
 ) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session, which only reports errors.
 
     Args:
-        path: of the file.
+        model: the path of a file, or what would be in it.
         provider: what runs it; what that cannot run goes to the CPU.
         sizes: of dimensions that the file leaves open, by name.
         options: `SessionOptions`' attributes.
@@ -57,7 +57,7 @@ def open_session(
         setattr(settings, name, value)
     for name, size in (sizes or {}).items():
         settings.add_free_dimension_override_by_name(name, size)
-    return onnxruntime.InferenceSession(str(path), settings, providers=[provider])
+    return onnxruntime.InferenceSession(model, settings, providers=[provider])
 
 
 @contextmanager

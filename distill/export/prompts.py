@@ -11,6 +11,9 @@ from distill.export.decoder import BOTTOM_RIGHT, PAD, TOP_LEFT
 from distill.export.proof import PROMPTS, ParityError
 from embeddings_cache.codec import CacheRow
 
+DECODER_IMAGES = 2
+"""Images that a decoder is compared on: it depends on the prompts more, of which each image has five."""
+
 Prompt = dict[str, np.ndarray]
 """As `SamPredictor.predict` takes it: `point_coords` (N, 2) in pixels of the image and `point_labels` (N,), `box` (4,),
 `mask_input` (1, 4h, 4w); any of them."""

@@ -7,6 +7,7 @@ then right everywhere.
 
 import copy
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +25,7 @@ from distill.export.onnx_encoder import describe_encoder, onnx_encode
 from distill.export.onnx_file import open_session, quietly
 from distill.export.proof import Bounds, ParityError, Reference, within
 from embeddings_cache.files import TEMPORARY, whole_file
+from embeddings_cache.overlap import iterate_ahead
 
 INT8 = Bounds(relative_error=0.15, mask_miou=0.98)
 """The masks decide; an embedding further off than that is another one."""
@@ -86,9 +88,9 @@ def export_int8_encoder(
         ranking: list[list[str]] = []
         for count in IN_FLOAT:
             if count and not ranking:
-                ranking = rank_groups(prepared, ranges, pad_with_mean_colour(pictures[0], size))
+                ranking = rank_groups(onnx.load(prepared), ranges, pad_with_mean_colour(pictures[0], size))
             in_float = [name for group in ranking[:count] for name in group]
-            quantize(prepared, temporary, ranges, in_float)
+            onnx.save(quantize(onnx.load(prepared), ranges, in_float), temporary)
             parity = reference.parity(onnx_encode(temporary))
             try:
                 parity = within(path.name, parity, INT8)
@@ -100,7 +102,7 @@ def export_int8_encoder(
             **describe_encoder(temporary),
             "precision": "int8",
             "operators_in_float": sorted(in_float),
-            "operators_in_int8": len(quantizable(prepared)) - len(in_float),
+            "operators_in_int8": len(quantizable(onnx.load(prepared))) - len(in_float),
             "calibration_images": len(pictures),
             "parity": parity,
         }
@@ -122,10 +124,10 @@ def calibrate(model: Path, pictures: Pictures) -> Any:
     return calibrator.compute_data()
 
 
-def quantize(model: Path, path: Path, ranges: Any, in_float: list[str]) -> None:
-    """Write `model` in 8 bits, but for the operators with these names."""
+def quantize(model: onnx.ModelProto, ranges: Any, in_float: list[str]) -> onnx.ModelProto:
+    """`model` in 8 bits, but for the operators with these names; it is changed on the way."""
     quantizer = QDQQuantizer(
-        onnx.load(model),
+        model,
         True,  # weights for each channel
         True,  # weights of 7 bits
         QuantType.QInt8,
@@ -137,24 +139,25 @@ def quantize(model: Path, path: Path, ranges: Any, in_float: list[str]) -> None:
         {},
     )
     quantizer.quantize_model()
-    quantizer.model.save_model_to_file(str(path))
+    quantizer.model.topological_sort()  # what it adds stands at the end until then
+    return quantizer.model.model
 
 
-def quantizable(model: Path) -> list[str]:
+def quantizable(model: onnx.ModelProto) -> list[str]:
     """Names of the operators that 8 bits are for: all of their kinds, but for products of two activations, as in
     attention; ONNX Runtime's optimiser (1.31) makes something else of these and the sums behind them."""
-    graph = onnx.load(model).graph
-    weights = {entry.name for entry in graph.initializer}
+    weights = {entry.name for entry in model.graph.initializer}
     return [
         node.name
-        for node in graph.node
+        for node in model.graph.node
         if node.op_type in QUANTIZED and (node.op_type != "MatMul" or weights & set(node.input))
     ]
 
 
-def rank_groups(model: Path, ranges: Any, image: np.ndarray) -> list[list[str]]:
+def rank_groups(model: onnx.ModelProto, ranges: Any, image: np.ndarray) -> list[list[str]]:
     """Names of the operators in groups of neighbours, first the group that changes the embedding most where it alone is
-    in 8 bits: what happens within a layer says little about what becomes of it further on.
+    in 8 bits: what happens within a layer says little about what becomes of it further on. What lies before a group is
+    computed once, for all.
 
     Args:
         model: in float32.
@@ -163,10 +166,54 @@ def rank_groups(model: Path, ranges: Any, image: np.ndarray) -> list[list[str]]:
     """
     names = quantizable(model)
     groups = [list(group) for group in np.array_split(names, min(GROUPS, len(names)))]
-    expected = open_session(model).run(None, {"image": image})[0]
-    path = model.with_name("group.onnx")
+    places = {node.name: place for place, node in enumerate(model.graph.node)}
+    starts = [places[group[0]] for group in groups]
+    crossing = [values_into(model, start) for start in starts]
+    (embedding,) = (output.name for output in model.graph.output)
+    values = {"image": image, **run_for({name for names in crossing for name in names} | {embedding}, model, image)}
+
+    def alone(place: int) -> onnx.ModelProto:
+        others = [name for name in names if name not in groups[place]]
+        rest = rest_of(model, starts[place], {name: values[name] for name in crossing[place]})
+        return quantize(rest, ranges, others)
+
     effects = []
-    for group in groups:
-        quantize(model, path, ranges, [name for name in names if name not in group])
-        effects.append(float(np.linalg.norm(open_session(path).run(None, {"image": image})[0] - expected)))
+    with closing(iterate_ahead(map(alone, range(len(groups))), 1)) as models:  # the next is made while one runs
+        for each in models:
+            inputs = {entry.name: values[entry.name] for entry in each.graph.input}
+            found = open_session(each.SerializeToString()).run([embedding], inputs)[0]
+            effects.append(float(np.linalg.norm(found - values[embedding])))
     return [group for _, group in sorted(zip(effects, groups, strict=True), key=lambda pair: -pair[0])]
+
+
+def values_into(model: onnx.ModelProto, start: int) -> list[str]:
+    """Names of the values that the operators from place `start` on take from those before, or from outside."""
+    nodes = model.graph.node[start:]
+    made = {name for node in nodes for name in node.output} | {entry.name for entry in model.graph.initializer}
+    return list(dict.fromkeys(name for node in nodes for name in node.input if name and name not in made))
+
+
+def run_for(names: set[str], model: onnx.ModelProto, image: np.ndarray) -> dict[str, np.ndarray]:
+    """Values within a model, for an image."""
+    names = names - {"image"}
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    there = {output.name for output in model.graph.output}
+    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in sorted(names - there))
+    order = sorted(names)
+    return dict(zip(order, open_session(watched.SerializeToString()).run(order, {"image": image}), strict=True))
+
+
+def rest_of(model: onnx.ModelProto, start: int, inputs: dict[str, np.ndarray]) -> onnx.ModelProto:
+    """The operators from place `start` on, as a model that takes values like these."""
+    rest = onnx.ModelProto()
+    rest.CopyFrom(model)
+    del rest.graph.node[:start], rest.graph.input[:]
+    used = {name for node in rest.graph.node for name in node.input}
+    for place in reversed(range(len(rest.graph.initializer))):
+        if rest.graph.initializer[place].name not in used:
+            del rest.graph.initializer[place]
+    for name, value in inputs.items():
+        kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
+        rest.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, value.shape))
+    return rest

@@ -1,7 +1,7 @@
 """Export: every format that the recipe names, each proven before it is kept, and the manifest that describes them."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -9,7 +9,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from distill.export.coreml import Origin, convert_encoder, export_coreml_decoder, export_coreml_encoder
+from distill.export.apart import BITS, DECODER, Conversions, conversions
+from distill.export.coreml import Origin, export_coreml_decoder, export_coreml_encoder
 from distill.export.encoder import RgbEncoder, calibration_pictures, validation_rows
 from distill.export.files import digest, remove, size
 from distill.export.handover import write_readme
@@ -74,22 +75,13 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
     if subject.note:
         say(f"export: {subject.note}")
     kept = clear(directory, inputs)
-    rows, images_from = validation_rows(recipe, subject.image_size)
-    reference = Reference(subject.encoder, subject.sam, rows, images_from)
-    say(f"export: every file is compared with PyTorch on {len(rows)} {images_from}")
-    files, failures = {}, []
-    for path, make in makers(recipe, subject, reference, directory):
-        if path.name in kept:
-            continue
-        started = time.perf_counter()
-        say(f"export: {path.name} ...")
-        try:
-            described = make(path)
-        except (ParityError, InputError) as error:
-            failures.append(str(error) if path.name in str(error) else f"{path.name} {error}")
-            continue
-        files[path.name] = {"sha256": digest(path), "bytes": size(path), **described}
-        say(f"export: {file_line(path.name, files[path.name])} ({time.perf_counter() - started:.0f} s)")
+    wanted = [name for kind in wanted_formats(recipe) for name in FORMATS[kind] if name not in kept]
+    with conversions(recipe, wanted) as coreml:
+        rows, images_from = validation_rows(recipe, subject.image_size)
+        reference = Reference(subject.encoder, subject.sam, rows, images_from)
+        say(f"export: every file is compared with PyTorch on {len(rows)} {images_from}")
+        functions = makers(recipe, subject, coreml, reference)
+        files, failures = make_files({directory / name: functions[name] for name in wanted}, say)
     manifest: dict[str, Any] = {
         "student": {
             "name": subject.name,
@@ -112,6 +104,22 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
         raise ParityError("; ".join(failures))
 
 
+def make_files(functions: dict[Path, Make], say: Callable[[str], None]) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """What the manifest says of every file that was made and proven, and a line for each that was not."""
+    files, failures = {}, []
+    for path, make in functions.items():
+        started = time.perf_counter()
+        say(f"export: {path.name} ...")
+        try:
+            described = make(path)
+        except (ParityError, InputError) as error:
+            failures.append(str(error) if path.name in str(error) else f"{path.name} {error}")
+            continue
+        files[path.name] = {"sha256": digest(path), "bytes": size(path), **described}
+        say(f"export: {file_line(path.name, files[path.name])} ({time.perf_counter() - started:.0f} s)")
+    return files, failures
+
+
 def clear(directory: Path, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Remove what a killed export left half-written, and what was made from something else; returns what the manifest
     says of the files that can stay."""
@@ -131,16 +139,15 @@ def _but_for_formats(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "export": {key: value for key, value in settings.items() if key != "formats"}}
 
 
-def makers(recipe: Recipe, subject: Subject, reference: Reference, directory: Path) -> Iterator[tuple[Path, Make]]:
-    """The path of every file that is wanted, and the function that makes it; what several are made of is made once."""
+def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Reference) -> dict[str, Make]:
+    """The function that makes each file; what several are made of is made once."""
     encoder = RgbEncoder(subject.encoder).eval()
     origin = Origin(subject.name, subject.teacher, subject.recipe)
     onnx = cache(lambda: encoder_model(encoder, recipe.export.dynamic_batch))
-    coreml = cache(lambda: convert_encoder(encoder))
     low_res = cache(low_res_model)
 
-    def coreml_encoder(path: Path, bits: int | None = None) -> dict[str, Any]:
-        return export_coreml_encoder(coreml(), reference, path, origin, bits)
+    def coreml_encoder(path: Path) -> dict[str, Any]:
+        return export_coreml_encoder(coreml.model(path.name), reference, path, origin, BITS[path.name])
 
     def onnx_decoder(path: Path, single: bool = True, crop: bool = False) -> dict[str, Any]:
         from distill.export.postprocess import append_postprocessing  # onnxscript takes half a second to load
@@ -151,20 +158,16 @@ def makers(recipe: Recipe, subject: Subject, reference: Reference, directory: Pa
     def int8(path: Path) -> dict[str, Any]:
         return export_int8_encoder(onnx(), reference, path, calibration_pictures(recipe, encoder.image_size))
 
-    functions: dict[str, Make] = {
+    return {
         "encoder.onnx": lambda path: export_onnx_encoder(onnx(), reference, path),
         "encoder_fp16.onnx": lambda path: export_onnx_encoder(onnx(), reference, path, float16=True),
         "encoder_int8.onnx": int8,
         "decoder.onnx": onnx_decoder,
         "decoder_multimask.onnx": partial(onnx_decoder, single=False),
         "decoder_cvat.onnx": partial(onnx_decoder, crop=True),
-        "Encoder.mlpackage": coreml_encoder,
-        "Encoder_8bit.mlpackage": partial(coreml_encoder, bits=8),
-        "Encoder_6bit.mlpackage": partial(coreml_encoder, bits=6),
-        "Decoder.mlpackage": partial(export_coreml_decoder, reference, origin=origin),
+        **dict.fromkeys(BITS, coreml_encoder),
+        DECODER: lambda path: export_coreml_decoder(coreml.model(path.name), reference, path, origin),
     }
-    for name in (name for kind in wanted_formats(recipe) for name in FORMATS[kind]):
-        yield directory / name, functions[name]
 
 
 def file_line(name: str, entry: dict[str, Any]) -> str:

@@ -63,6 +63,7 @@ def test_held_out_images_take_no_part_in_training(finished_run: Path, scene_tar:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(tmp_path: Path, finished_run: Path, scene_tar: Path, cli: Cli) -> None:
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611")
     result = cli(*TINY, *places(tmp_path, scene_tar), "train.epochs=16", "data.val_images=5", launcher=launcher)
@@ -100,6 +101,7 @@ def test_an_error_in_another_process_is_told(tmp_path: Path, scene_tar: Path, cl
     assert f"distill.py: process 1: cannot read {tmp_path / 'zzz.tar'}" in result.stderr
 
 
+@pytest.mark.slow
 def test_single_stages_keep_the_runs_recipe(tmp_path: Path, scene_tar: Path, cli: Cli) -> None:
     for stage, more in (
         ("precompute", ()),

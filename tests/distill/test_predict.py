@@ -141,6 +141,7 @@ def contents(run: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 def test_a_student_of_another_teacher_is_pointed_out(run: Path, photo: Path, tmp_path: Path, cli: Cli) -> None:
     student = load_student(run / "student.safetensors")
     save_student(tmp_path / "s.safetensors", student, {"teacher_sha256": "0" * 64})

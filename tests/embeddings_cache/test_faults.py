@@ -109,7 +109,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tars: Path) -> dict[st
     return contents(directory)
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "SIGINT", marks=pytest.mark.slow)]
+)
 def test_preemption_keeps_every_finished_row(
     number: int, name: str, tmp_path: Path, start: Start, undisturbed: dict[str, bytes]
 ) -> None:
@@ -204,6 +206,7 @@ def is_finished(directory: Path) -> bool:
     return info.exists() and json.loads(info.read_text())["complete"]
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_ends_in_one_line(tmp_path: Path, start: Start, undisturbed: dict[str, bytes]) -> None:
     """A limit on the size of a file stands for a full disk: HDF5 is refused in the middle of a shard."""
     make_shard = 5 * 128 * 8 * 8 * 2
@@ -234,6 +237,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_others_fill_ends_in_one_line(
     small_disk: Path, start: Start, undisturbed: dict[str, bytes]
 ) -> None:

@@ -66,9 +66,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made_from = {"student_sha256": sha256(run / "student.safetensors")}
     (run / "evaluation.json").write_text(json.dumps({"miou": means, "made_from": made_from}))
     (folder / "garbage.onnx").write_bytes(b"<html>404</html>")
+    (folder / "a=b, c").mkdir()
+    (folder / "a=b, c" / "decoder.onnx").write_bytes(b"<html>404</html>")
+    good = onnx_encoder(
+        folder / "a=b, c" / "good.onnx", [helper.make_node("Relu", ["image"], ["image_embeddings"])], {}
+    )
     contenders = [
-        "repvit_m0_9", "repvit_m0_9", "tiny_vit_5m", str(run / "student.safetensors"), str(folder / "garbage.onnx"),
-        str(not_a_number(folder / "nan.onnx")), str(far_too_large(folder / "large.onnx")),
+        str(not_a_number(folder / "nan.onnx")), "repvit_m0_9", "repvit_m0_9", str(run / "student.safetensors"),
+        str(folder / "garbage.onnx"), str(far_too_large(folder / "large.onnx")), str(good),
     ]  # fmt: skip
     backends = "backends=eager,onnxruntime,coreml-all,onnxruntime-cuda"
     assert main(["students", *contenders, *FEW, backends, f"out={folder / 'benchmark.json'}"]) == 0
@@ -82,21 +87,33 @@ def rows_of(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 def test_every_number_of_those_that_run(folder: Path) -> None:
     rows = rows_of(folder)
-    for name in ("repvit_m0_9", "repvit_m0_9 #2", "tiny_vit_5m", "student.safetensors"):
+    for name in ("repvit_m0_9", "repvit_m0_9 #2", "student.safetensors"):
         for backend in ("eager", "onnxruntime"):
             row = rows[name, backend]
             assert row["reason"] is None
             assert 0 < row["p10_ms"] <= row["median_ms"] <= row["p90_ms"]
             assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
             assert 0 < row["decoder_p10_ms"] <= row["decoder_median_ms"]
-            assert row["best_batch"] in (1, 2)
-            assert row["images_per_s"] > 0
+            assert [len(launch) for launch in row["decoder_samples_ms"]] == [2, 2]
+            assert list(row["batches_ms"]) == ["1", "2"]
+            assert row["images_per_s"] == pytest.approx(
+                max(int(n) * 1e3 / np.median(samples) for n, samples in row["batches_ms"].items()), rel=0.01
+            )
             assert 100e6 < row["peak_memory_bytes"] < 4e9
-            assert [len(launch) for launch in row["pairs_ms"]] == ([2, 2] if row["ratio"] != 1 else [8 * 2 // 2] * 2)
+            if (name, backend) != ("repvit_m0_9", "eager"):
+                assert [len(launch) for launch in row["pairs_ms"]] == [2, 2]
             assert min(map(len, row["samples_ms"])) >= 2
-            assert len(row["warm_up_runs"]) == 2
+            assert len(row["warm_up_ms"]) == 2
     assert rows["repvit_m0_9", "eager"]["ratio"] == 1
-    assert rows["repvit_m0_9 #2", "eager"]["ratio"] != 1
+
+
+def test_a_decoder_that_fails_is_not_the_encoders_fault(folder: Path) -> None:
+    row = rows_of(folder)["good.onnx", "onnxruntime"]
+    assert row["median_ms"] > 0
+    assert "decoder_median_ms" not in row
+    assert "decoder.onnx" in row["decoder_reason"]
+    assert row["batch_reason"] == "takes one image at once"
+    assert row["images_per_s"] > 0
 
 
 def test_a_bad_contender_costs_its_own_row_alone(folder: Path) -> None:
@@ -108,8 +125,9 @@ def test_a_bad_contender_costs_its_own_row_alone(folder: Path) -> None:
     }.items():
         assert why in rows[name, "onnxruntime"]["reason"]
         assert "median_ms" not in rows[name, "onnxruntime"]
-    assert rows["tiny_vit_5m", "coreml-all"]["reason"] == "Core ML runs on macOS only" or os.uname().sysname == "Darwin"
-    assert rows["nan.onnx", "onnxruntime-cuda"]["reason"] == BACKENDS["onnxruntime-cuda"].missing()
+    for backend in ("coreml-all", "onnxruntime-cuda"):
+        if missing := BACKENDS[backend].missing():
+            assert rows["repvit_m0_9", backend]["reason"] == missing
     assert not {("nan.onnx", "eager"), ("nan.onnx", "coreml-all")} & rows.keys()
 
 
@@ -148,12 +166,14 @@ def test_a_run_compared_with_itself(folder: Path, capsys: pytest.CaptureFixture[
     file = str(folder / "benchmark.json")
     assert main(["compare", file, file]) == 0
     text = capsys.readouterr().out
-    assert text.count("same within noise") == 7
-    assert text.count("fails in both") == 3 + 4 + 7
+    assert text.count("same within noise") == 6
+    assert text.count("no ratio") == 1
     assert "0 of " in text
 
 
-@pytest.mark.parametrize("name", ["repvit_m0_9", "repvit_m1-fuse", "tiny_vit_5m"])
+@pytest.mark.parametrize(
+    "name", ["repvit_m0_9", *(pytest.param(name, marks=pytest.mark.slow) for name in ("repvit_m1-fuse", "tiny_vit_5m"))]
+)
 def test_a_file_is_counted_as_the_model_that_it_was_made_of(name: str, tmp_path: Path) -> None:
     (contender,) = find_contenders([name], 128)
     prepare = BACKENDS["onnxruntime"].prepare

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from distill.benchmark.timing import Measured, interleave, join, ratio, spread, turns
+from distill.benchmark.timing import Measured, interleave, ratio, spread, turns
 
 
 def test_each_has_a_turn_a_round_beside_the_baseline() -> None:
@@ -98,14 +98,13 @@ def test_an_interval_of_launches_holds_the_truth_where_processes_differ() -> Non
     assert held["as one"] / 400 < 0.8
 
 
-def test_launches_are_joined_with_all_samples() -> None:
-    first, second = (Measured([[one, 2 * one]], [[(one, one)]]) for one in (1.0, 3.0))
-    joined = join([{"a": first}, {"a": second, "b": second}])
-    assert joined["a"].seconds == [[1.0, 2.0], [3.0, 6.0]]
-    assert joined["b"].pairs == [[(3.0, 3.0)]]
-    as_json = joined["a"].as_json(parts=2)
+def test_json_has_all_samples() -> None:
+    measured = Measured([[1.0, 2.0], [3.0, 6.0]], [[(1.0, 1.5)], [(3.0, 4.5)]])
+    as_json = measured.as_json(parts=2)
     assert as_json["median_ms"] == 1250
     assert as_json["samples_ms"] == [[1000, 2000], [3000, 6000]]
+    assert as_json["pairs_ms"] == [[[1000, 1500]], [[3000, 4500]]]
+    assert as_json["ratio"] == as_json["ratio_low"] == as_json["ratio_high"] == 1.5
 
 
 def test_spread() -> None:

@@ -10,6 +10,7 @@ from distill.export import coreml
 from distill.export.coreml import (
     PADDING_COLOUR,
     Origin,
+    compress,
     convert_decoder,
     convert_encoder,
     export_coreml_decoder,
@@ -97,7 +98,7 @@ def test_compressed_weights_take_less_and_are_compared_too(tmp_path: Path) -> No
     errors, sizes = [], []
     for bits in (None, 8):
         package = tmp_path / f"Encoder_{bits}.mlpackage"
-        parity = export_coreml_encoder(converted, compared, package, ORIGIN, bits)["parity"]
+        parity = export_coreml_encoder(compress(converted, bits), compared, package, ORIGIN, bits)["parity"]
         errors.append(parity["relative_error"])
         sizes.append(sum(path.stat().st_size for path in package.rglob("weight.bin")))
     assert sizes[1] < 0.6 * sizes[0]
@@ -109,7 +110,7 @@ def test_six_bits_are_a_palette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(coreml, "COMPRESSED", Bounds(relative_error=0.2))  # drawn weights have no masks to keep
     encoder, package = small_student(), tmp_path / "Encoder_6bit.mlpackage"
     converted, compared = convert_encoder(RgbEncoder(encoder).eval()), reference(encoder)
-    export_coreml_encoder(converted, compared, package, ORIGIN, 6)
+    export_coreml_encoder(compress(converted, 6), compared, package, ORIGIN, 6)
     function = specification(package).mlProgram.functions["main"]
     operations = {op.type for op in function.block_specializations[function.opset].operations}
     assert "constexpr_lut_to_dense" in operations
@@ -140,10 +141,14 @@ def test_an_earlier_package_gives_way_to_a_new_one(tmp_path: Path) -> None:
     assert (package / "Manifest.json").exists()
 
 
+def converted_decoder() -> object:
+    return convert_decoder(PromptDecoder(toy()).eval(), toy())
+
+
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     package = tmp_path_factory.mktemp("decoder") / "Decoder.mlpackage"
-    return package, export_coreml_decoder(reference(small_student()), package, ORIGIN)
+    return package, export_coreml_decoder(converted_decoder(), reference(small_student()), package, ORIGIN)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
@@ -180,7 +185,7 @@ def test_a_decoder_of_another_sam_is_refused(tmp_path: Path, monkeypatch: pytest
     embed = PromptDecoder.embed_points
     monkeypatch.setattr(PromptDecoder, "embed_points", lambda self, coords, labels: embed(self, coords + 40, labels))
     with pytest.raises(ParityError, match=r"^Decoder\.mlpackage differs from PyTorch"):
-        export_coreml_decoder(compared, tmp_path / "Decoder.mlpackage", ORIGIN)
+        export_coreml_decoder(converted_decoder(), compared, tmp_path / "Decoder.mlpackage", ORIGIN)
     assert list(tmp_path.iterdir()) == []
 
 
