@@ -22,7 +22,7 @@ from embeddings_cache.overlap import available_cores
 from embeddings_cache.progress import bar
 from students import InputError
 
-QUICK = ("backends=eager", "launches=1", "rounds=4", "decoder_runs=0", "batches=0")
+QUICK = ("backends=eager", "launches=1", "rounds=3", "turn_seconds=1", "decoder_runs=0", "batches=0")
 """What `--quick` stands for; what else is on the command line counts more."""
 
 
@@ -34,7 +34,7 @@ class StudentsBenchmark:
     image_size: int = 1024  # of students that go by a name: side of the square input in pixels
     launches: int = 5  # times that each contender's process is started anew; the ratio's interval comes from them
     rounds: int = 3  # turns of each in a launch
-    turn_seconds: float = 0.5  # what a turn takes at least, so that one of a fast encoder has several runs
+    turn_seconds: float = 2.0  # what a turn takes at least, so that one of a fast encoder has several runs
     batches: str = "1,2,4"  # after commas: images at once that are tried for images/s; 0: none
     decoder_runs: int = 10  # of each decoder, in each launch
     threads: int | None = None  # and cores of each contender; default: all
@@ -59,8 +59,8 @@ class Entry:
         return f"{self.contender.label}:{self.backend}"
 
     def row(self) -> dict[str, Any]:
-        """As `benchmark.json` has it; `reason` says why numbers are missing."""
-        times = self.measured.as_json() if any(self.measured.seconds) else {}
+        """As `benchmark.json` has it; `reason` says why there are no times: it ran no further, or never."""
+        times = self.measured.as_json() if any(self.measured.seconds) and not self.reason else {}
         decoder = [second for launch in self.decoder for second in launch]
         return {
             "name": self.contender.label,

@@ -242,7 +242,7 @@ class Bench:
             return None
         self._run(images)
         seconds = [self._run(images)]
-        while sum(seconds) < 2 * self.turn_seconds:
+        while sum(seconds) < self.turn_seconds:
             seconds.append(self._run(images))
         return seconds
 

@@ -91,6 +91,7 @@ def test_two_processes_share_the_work(tmp_path: Path, finished_run: Path, scene_
     assert (tmp_path / "run" / "export" / "encoder.onnx").exists()
 
 
+@pytest.mark.slow
 def test_an_error_in_another_process_is_told(tmp_path: Path, scene_tar: Path, cli: Cli) -> None:
     # Nearly of the other's size, so that whole tars go round, the larger one to the main process.
     (tmp_path / "zzz.tar").write_bytes(b"x" * (scene_tar.stat().st_size - 1))
@@ -137,6 +138,7 @@ def test_a_run_directory_in_use_is_refused(finished_run: Path, scene_tar: Path, 
     assert result.stderr == f"distill.py: {finished_run / 'run'} is in use by another run\n"
 
 
+@pytest.mark.slow
 def test_photographs_without_annotations_go_all_the_way(tmp_path: Path, scene_tar: Path, cli: Cli) -> None:
     photos = tmp_path / "photos"
     with tarfile.open(scene_tar) as tar:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from segment_anything import SamPredictor
 
-from distill.main import create_accelerator
+from distill.main import create_accelerator, main
 from distill.predict import Prediction, everything, write_prediction
 from distill.recipe import load_recipe
 from distill.run import claim_run_dir
@@ -120,12 +120,14 @@ def test_all_masks_go_into_one_picture(tmp_path: Path) -> None:
         (("image={run}/recipe.yaml",), "cannot be read: UnidentifiedImageError"),
     ],
 )
-def test_mistakes_are_one_line(arguments: tuple[str, ...], said: str, run: Path, photo: Path, cli: Cli) -> None:
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...], said: str, run: Path, photo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = tuple(argument.format(photo=photo, run=run) for argument in arguments)
-    result = cli("stage=predict", f"run_dir={run}", *arguments)
-    assert result.returncode == 2
-    assert said in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert main(["stage=predict", f"run_dir={run}", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
 
 
 def test_a_prediction_leaves_the_run_as_it_is(run: Path, photo: Path, cli: Cli) -> None:

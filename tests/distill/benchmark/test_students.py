@@ -2,7 +2,6 @@ import json
 import os
 import signal
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from distill.benchmark.plot import pareto
 from distill.benchmark.worker import Bench, Lost, Worker, serve
 from embeddings_cache.files import sha256
 from students import create_student, save_student
+from workers import crash, sleep_on
 
 SIZE = 64
 FEW = (
@@ -197,14 +197,6 @@ def test_a_process_that_is_killed(tmp_path: Path) -> None:
     worker.close()
 
 
-def sleep_on(connection: Connection) -> None:
-    time.sleep(600)
-
-
-def crash(connection: Connection) -> None:
-    os.abort()
-
-
 def test_a_process_that_says_nothing_or_crashes() -> None:
     with pytest.raises(Lost, match="no answer for 1 s"):
         Worker(sleep_on, (), patience=1).answer()
@@ -257,7 +249,10 @@ def test_mistakes_are_one_line(arguments: list[str], said: str, capsys: pytest.C
 def test_quick_keeps_what_was_asked_for(tmp_path: Path) -> None:
     out = tmp_path / "b.json"
     assert (
-        main(["students", "repvit_m0_9", "--quick", f"image_size={SIZE}", "rounds=1", "threads=1", f"out={out}"]) == 0
+        main(
+            ["students", "repvit_m0_9", "--quick", f"image_size={SIZE}", "rounds=1", "turn_seconds=0.05", f"out={out}"]
+        )
+        == 0
     )
     content = json.loads(out.read_text())["students"]
     (row,) = content["rows"]

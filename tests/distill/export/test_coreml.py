@@ -44,7 +44,7 @@ def specification(package: Path) -> object:
     ("name", "downsample"),
     [
         ("repvit_m0_9", "stride1"),
-        ("tiny_vit_5m", "stride1"),
+        pytest.param("tiny_vit_5m", "stride1", marks=pytest.mark.slow),
         pytest.param("repvit_m0_9", "fuse", marks=pytest.mark.slow),
         pytest.param("tiny_vit_5m", "fuse", marks=pytest.mark.slow),
     ],

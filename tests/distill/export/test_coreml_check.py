@@ -948,6 +948,7 @@ def test_an_encoder_computes_what_the_student_does(name: str, tmp_path: Path) ->
     np.testing.assert_array_equal(half, half.astype(np.float16))
 
 
+@pytest.mark.slow
 def test_compressed_weights_are_those_that_coremltools_unpacks(tmp_path: Path) -> None:
     optimize = ct.optimize.coreml
     model = save_encoder(tmp_path / "plain.mlpackage", small_student("repvit_m0_9"))
