@@ -38,9 +38,9 @@ python benchmark.py students [CONTENDER ...] [--quick] [key=value ...]
 python benchmark.py compare BEFORE.json AFTER.json
 
 Measure what things cost: each beside its baseline, in turns, in one run. A contender is a student or one of SAM's
-encoders (repvit_m0_9, tiny_vit_5m, vit_b, ...), a checkpoint (.safetensors, .pt, .pth), or an exported file (.onnx,
-.mlpackage). Every sample goes to benchmark.json, the tables to benchmark.md. `compare` tells what changed beyond
-noise."""
+encoders (repvit_m0_9, repvit_m1-fuse, tiny_vit_5m, vit_b, ...), several of them (recipes, students, sam), a checkpoint
+(.safetensors, .pt, .pth), or an exported file (.onnx, .mlpackage). --quick is a minute's answer. Every sample goes to
+benchmark.json, the tables to benchmark.md. `compare` tells what changed beyond noise."""
 
 KINDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]], str]] = {
     "students": (StudentsBenchmark, benchmark_students, "encoders on backends: latency, memory, size, fidelity"),

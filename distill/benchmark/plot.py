@@ -1,6 +1,7 @@
 """Latency against size or fidelity, and who is not beaten in both."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ def draw_students(rows: list[dict[str, Any]], path: Path) -> list[Path]:
     axes = figure.add_subplot()
     points = [(x, row["median_ms"]) for x, row in zip(across, shown, strict=True)]
     front = pareto([(-x if fidelity else x, y) for x, y in points])
-    axes.plot(*zip(*(points[place] for place in front), strict=True), color="0.6", linestyle="--", label="Pareto front")
+    best = list(zip(*(points[place] for place in front), strict=True))
+    axes.plot(*best, color="0.6", linestyle="--", marker="o", markersize=14, fillstyle="none", label="Pareto front")
     backends = list(dict.fromkeys(row["backend"] for row in shown))
-    for marker, backend in zip(MARKERS, backends, strict=False):
+    for marker, backend in zip(cycle(MARKERS), backends, strict=False):
         own = [(point, row) for point, row in zip(points, shown, strict=True) if row["backend"] == backend]
         x, y = zip(*(point for point, _ in own), strict=True)
         spread = [

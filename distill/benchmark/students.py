@@ -28,9 +28,9 @@ QUICK = ("backends=eager", "launches=1", "rounds=3", "turn_seconds=1", "decoder_
 
 @dataclass
 class StudentsBenchmark:
-    contenders: list[str] = field(default_factory=lambda: ["recipes"])  # names, files, groups; given without a key
+    contenders: list[str] = field(default_factory=lambda: ["recipes"])  # or without a key: names, files, groups
     backends: str = "auto"  # after commas; auto: all that can run here, but for compiled; all: with the reason why not
-    baseline: str | None = None  # CONTENDER or CONTENDER:BACKEND that ratios are to; default: the first row
+    baseline: str | None = None  # CONTENDER or CONTENDER:BACKEND that ratios are to; default: the first that runs
     image_size: int = 1024  # of students that go by a name: side of the square input in pixels
     launches: int = 5  # times that each contender's process is started anew; the ratio's interval comes from them
     rounds: int = 3  # turns of each in a launch

@@ -109,9 +109,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tars: Path) -> dict[st
     return contents(directory)
 
 
-@pytest.mark.parametrize(
-    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), pytest.param(signal.SIGINT, "SIGINT", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
 def test_preemption_keeps_every_finished_row(
     number: int, name: str, tmp_path: Path, start: Start, undisturbed: dict[str, bytes]
 ) -> None:
