@@ -2,7 +2,8 @@
 
 Static quantisation by ONNX Runtime (QDQ, weights for each output channel; arXiv:2004.09602, sections 3 and 4).
 Weights keep to 7 bits, because the products of 8 overflow on x86 processors without VNNI: a file that is right here is
-then right everywhere.
+then right everywhere. What stays float computes in float32, on weights that are stored in float16: runtimes turn them
+into float32 as they load the file.
 """
 
 import copy
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -60,7 +62,7 @@ class Pictures(CalibrationDataReader):
 def export_int8_encoder(
     model: onnx.ModelProto, reference: Reference, path: Path, pictures: list[np.ndarray]
 ) -> dict[str, Any]:
-    """Write an ONNX encoder in 8 bits; where its masks differ too much from PyTorch's, layers go back to float32, those
+    """Write an ONNX encoder in 8 bits; where its masks differ too much from PyTorch's, layers go back to float, those
     that matter most first, until they do not.
 
     Args:
@@ -90,7 +92,7 @@ def export_int8_encoder(
             if count and not ranking:
                 ranking = rank_groups(onnx.load(prepared), ranges, pad_with_mean_colour(pictures[0], size))
             in_float = [name for group in ranking[:count] for name in group]
-            onnx.save(quantize(onnx.load(prepared), ranges, in_float), temporary)
+            onnx.save(with_float16_weights(quantize(onnx.load(prepared), ranges, in_float), in_float), temporary)
             parity = reference.parity(onnx_encode(temporary))
             try:
                 parity = within(path.name, parity, INT8)
@@ -141,6 +143,26 @@ def quantize(model: onnx.ModelProto, ranges: Any, in_float: list[str]) -> onnx.M
     quantizer.quantize_model()
     quantizer.model.topological_sort()  # what it adds stands at the end until then
     return quantizer.model.model
+
+
+def with_float16_weights(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
+    """`model` with half the space for the weights of the operators with these names; it is changed on the way. Each
+    goes through a Cast to float32, which runtimes fold as they load the file. A weight beyond float16's range stays."""
+    stored = {
+        node.input[1]
+        for node in model.graph.node
+        if node.name in set(names) and node.op_type in ("Conv", "MatMul", "Gemm")
+    }
+    for weight in model.graph.initializer:
+        if weight.name not in stored:
+            continue
+        with np.errstate(over="ignore"):
+            half = numpy_helper.to_array(weight).astype(np.float16)
+        if np.isfinite(half).all():
+            name = weight.name
+            weight.CopyFrom(numpy_helper.from_array(half, f"{name}_float16"))
+            model.graph.node.insert(0, helper.make_node("Cast", [weight.name], [name], to=onnx.TensorProto.FLOAT))
+    return model
 
 
 def quantizable(model: onnx.ModelProto) -> list[str]:
@@ -214,6 +236,6 @@ def rest_of(model: onnx.ModelProto, start: int, inputs: dict[str, np.ndarray]) -
         if rest.graph.initializer[place].name not in used:
             del rest.graph.initializer[place]
     for name, value in inputs.items():
-        kind = onnx.helper.np_dtype_to_tensor_dtype(value.dtype)
-        rest.graph.input.append(onnx.helper.make_tensor_value_info(name, kind, value.shape))
+        kind = helper.np_dtype_to_tensor_dtype(value.dtype)
+        rest.graph.input.append(helper.make_tensor_value_info(name, kind, value.shape))
     return rest

@@ -5,6 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 from exports import reference, scene_row, small_student
+from onnx import numpy_helper
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorData, TensorsData
 
 from distill.export import quantize
@@ -71,7 +72,14 @@ def test_operators_go_back_to_float_until_the_masks_are_right(
     names = {node.name for node in model.graph.node}
     assert described["operators_in_float"]
     assert set(described["operators_in_float"]) <= names
-    assert in_8_bits(tmp_path / "encoder_int8.onnx") < in_8_bits(tmp_path / "plain.onnx")
+    path = tmp_path / "encoder_int8.onnx"
+    assert in_8_bits(path) < in_8_bits(tmp_path / "plain.onnx")
+    graph = onnx.load(path).graph
+    kinds = {weight.name: weight.data_type for weight in graph.initializer}
+    casts = [node for node in graph.node if node.op_type == "Cast"]
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert len(casts) == len(convolutions) - in_8_bits(path)
+    assert {kinds[node.input[0]] for node in casts} == {onnx.TensorProto.FLOAT16}
     assert described["parity"]["relative_error"] <= 0.7 * plain["parity"]["relative_error"]
 
 
@@ -96,6 +104,27 @@ def test_layers_that_matter_most_go_back_first(repvit: Model, tmp_path: Path) ->
         ranking = quantize.rank_groups(repvit[0], widened, pad_with_mean_colour(pictures(1)[0], 128))
         assert spoilt.name in ranking[0]
         assert sorted(name for group in ranking for name in group) == sorted(quantize.quantizable(repvit[0]))
+
+
+def test_weights_in_float16_cost_half_the_space_and_no_time(repvit: Model, tmp_path: Path) -> None:
+    whole, plain = onnx.ModelProto(), repvit[0]
+    whole.CopyFrom(plain)
+    convolutions = [node for node in plain.graph.node if node.op_type == "Conv"]
+    beyond = next(weight for weight in whole.graph.initializer if weight.name == convolutions[0].input[1])
+    beyond.CopyFrom(numpy_helper.from_array(1e6 * numpy_helper.to_array(beyond), beyond.name))
+    halved = onnx.ModelProto()
+    halved.CopyFrom(whole)
+    quantize.with_float16_weights(halved, [node.name for node in convolutions])
+    onnx.checker.check_model(halved, full_check=True)
+    assert [node.op_type for node in halved.graph.node].count("Cast") == len(convolutions) - 1
+    assert halved.ByteSize() < 0.65 * whole.ByteSize()
+
+    path = tmp_path / "optimised.onnx"
+    session = open_session(halved.SerializeToString(), optimized_model_filepath=str(path))
+    assert not [node for node in onnx.load(path).graph.node if node.op_type == "Cast"]
+    image = {"image": pad_with_mean_colour(pictures(1)[0], 128)}
+    expected, found = (each.run(None, image)[0] for each in (open_session(whole.SerializeToString()), session))
+    assert 0 < np.linalg.norm(found - expected) < 2e-3 * np.linalg.norm(expected)
 
 
 @pytest.mark.slow
