@@ -2,8 +2,8 @@
 
 Static quantisation by ONNX Runtime (QDQ, weights for each output channel; arXiv:2004.09602, sections 3 and 4).
 Weights keep to 7 bits, because the products of 8 overflow on x86 processors without VNNI: a file that is right here is
-then right everywhere. What stays float computes in float32, on weights that are stored in float16: runtimes turn them
-into float32 as they load the file.
+then right everywhere. What stays float computes in float32, on weights that are stored in float16, or in the last
+resort in 8 bits: runtimes turn them into float32 as they load the file.
 """
 
 import copy
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import helper, numpy_helper
+from onnx import helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -26,6 +26,7 @@ from distill.export.encoder import pad_with_mean_colour
 from distill.export.onnx_encoder import describe_encoder, onnx_encode
 from distill.export.onnx_file import open_session, quietly
 from distill.export.proof import Bounds, ParityError, Reference, within
+from distill.export.small_weights import with_float16_weights, with_int8_weights
 from embeddings_cache.files import TEMPORARY, whole_file
 from embeddings_cache.overlap import iterate_ahead
 
@@ -38,8 +39,11 @@ QUANTIZED = ("Conv", "MatMul", "Gemm", "Add", "Mul", "Relu", "Sigmoid", "ReduceM
 GROUPS = 16
 """Of neighbouring operators, which go back to float together."""
 
-IN_FLOAT = (0, 1, 2, 4, 8, 12)
-"""Groups that stay float, tried in turn."""
+IN_FLOAT = (1, 2, 4, 8, 12)
+"""Groups that stay float, tried in turn where 8 bits for all are not enough."""
+
+WEIGHTS_ALONE = "float32, weights in int8"
+"""The precision of a file of the last resort: a quarter of the bytes, and no faster."""
 
 FRUGAL: dict[str, Any] = {
     "execution_order": onnxruntime.ExecutionOrder.PRIORITY_BASED,
@@ -63,7 +67,7 @@ def export_int8_encoder(
     model: onnx.ModelProto, reference: Reference, path: Path, pictures: list[np.ndarray]
 ) -> dict[str, Any]:
     """Write an ONNX encoder in 8 bits; where its masks differ too much from PyTorch's, layers go back to float, those
-    that matter most first, until they do not.
+    that matter most first, until they do not. Where most of them are not enough, only weights are in 8 bits.
 
     Args:
         model: from `encoder_model`.
@@ -75,7 +79,7 @@ def export_int8_encoder(
         Inputs, outputs, parity, and the names of the operators that stayed float, for the manifest.
 
     Raises:
-        ParityError: three quarters of the operators in float are not enough.
+        ParityError: not even weights in 8 bits are near enough.
     """
     size = model.graph.input[0].type.tensor_type.shape.dim[-1].dim_value
     with (
@@ -87,27 +91,44 @@ def export_int8_encoder(
         onnx.save(model, prepared)
         quant_pre_process(str(prepared), str(prepared), skip_symbolic_shape=True)
         ranges = calibrate(prepared, Pictures(pictures, size))
-        ranking: list[list[str]] = []
-        for count in IN_FLOAT:
-            if count and not ranking:
-                ranking = rank_groups(onnx.load(prepared), ranges, pad_with_mean_colour(pictures[0], size))
-            in_float = [name for group in ranking[:count] for name in group]
-            onnx.save(with_float16_weights(quantize(onnx.load(prepared), ranges, in_float), in_float), temporary)
+        operators = len(quantizable(onnx.load(prepared)))
+        for attempt, in_float in attempts(prepared, ranges, pad_with_mean_colour(pictures[0], size)):
+            onnx.save(attempt, temporary)
             parity = reference.parity(onnx_encode(temporary))
             try:
                 parity = within(path.name, parity, INT8)
                 break
             except ParityError:
-                if count == IN_FLOAT[-1] or count >= len(ranking) > 0:
+                if len(in_float) == operators:
                     raise
         return {
             **describe_encoder(temporary),
-            "precision": "int8",
+            "precision": "int8" if len(in_float) < operators else WEIGHTS_ALONE,
             "operators_in_float": sorted(in_float),
-            "operators_in_int8": len(quantizable(onnx.load(prepared))) - len(in_float),
+            "operators_in_int8": operators - len(in_float),
             "calibration_images": len(pictures),
             "parity": parity,
         }
+
+
+def attempts(prepared: Path, ranges: Any, image: np.ndarray) -> Iterator[tuple[onnx.ModelProto, list[str]]]:
+    """A model in 8 bits, with more and more of its operators in float, and the names of these; in the end all of them,
+    with weights in 8 bits.
+
+    Args:
+        prepared: the model's file.
+        ranges: from `calibrate`.
+        image: float32 (1, 3, S, S), padded, to find out with what matters most.
+    """
+    yield quantize(onnx.load(prepared), ranges, []), []
+    ranking = rank_groups(onnx.load(prepared), ranges, image)
+    for count in IN_FLOAT:
+        in_float = [name for group in ranking[:count] for name in group]
+        if count < len(ranking):
+            yield with_float16_weights(quantize(onnx.load(prepared), ranges, in_float), in_float), in_float
+    model = onnx.load(prepared)
+    names = quantizable(model)
+    yield with_int8_weights(model, names), names
 
 
 def calibrate(model: Path, pictures: Pictures) -> Any:
@@ -143,26 +164,6 @@ def quantize(model: onnx.ModelProto, ranges: Any, in_float: list[str]) -> onnx.M
     quantizer.quantize_model()
     quantizer.model.topological_sort()  # what it adds stands at the end until then
     return quantizer.model.model
-
-
-def with_float16_weights(model: onnx.ModelProto, names: list[str]) -> onnx.ModelProto:
-    """`model` with half the space for the weights of the operators with these names; it is changed on the way. Each
-    goes through a Cast to float32, which runtimes fold as they load the file. A weight beyond float16's range stays."""
-    stored = {
-        node.input[1]
-        for node in model.graph.node
-        if node.name in set(names) and node.op_type in ("Conv", "MatMul", "Gemm")
-    }
-    for weight in model.graph.initializer:
-        if weight.name not in stored:
-            continue
-        with np.errstate(over="ignore"):
-            half = numpy_helper.to_array(weight).astype(np.float16)
-        if np.isfinite(half).all():
-            name = weight.name
-            weight.CopyFrom(numpy_helper.from_array(half, f"{name}_float16"))
-            model.graph.node.insert(0, helper.make_node("Cast", [weight.name], [name], to=onnx.TensorProto.FLOAT))
-    return model
 
 
 def quantizable(model: onnx.ModelProto) -> list[str]:

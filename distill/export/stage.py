@@ -17,7 +17,7 @@ from distill.export.handover import write_readme
 from distill.export.onnx_decoder import export_onnx_decoder, low_res_model
 from distill.export.onnx_encoder import encoder_model, export_onnx_encoder
 from distill.export.proof import ParityError, Reference
-from distill.export.quantize import export_int8_encoder
+from distill.export.quantize import WEIGHTS_ALONE, export_int8_encoder
 from distill.export.subject import Subject, is_untrained, load_subject, wanted_formats
 from distill.recipe import Recipe
 from distill.run import as_stored, chosen_student, is_current
@@ -182,6 +182,8 @@ def file_line(name: str, entry: dict[str, Any]) -> str:
         words.append(f"mask mIoU {parity['mask_miou']:.4f}")
     if (empty := parity.get("empty_masks", 0)) and empty > parity["masks"] / 2:
         words.append(f"{empty} of {parity['masks']} masks are empty")
-    if entry.get("operators_in_float"):
+    if entry["precision"] == WEIGHTS_ALONE:
+        words.append("only weights are in 8 bits")
+    elif entry.get("operators_in_float"):
         words.append(f"{len(entry['operators_in_float'])} operators stay float")
     return f"{name:<22} {', '.join(words)}"

@@ -14,6 +14,7 @@ from distill.export.onnx_encoder import encoder_model, export_onnx_encoder
 from distill.export.onnx_file import open_session
 from distill.export.proof import Bounds, ParityError, Reference
 from distill.export.quantize import export_int8_encoder
+from distill.export.small_weights import with_float16_weights, with_int8_weights
 
 Model = tuple[onnx.ModelProto, Reference]
 
@@ -106,7 +107,51 @@ def test_layers_that_matter_most_go_back_first(repvit: Model, tmp_path: Path) ->
         assert sorted(name for group in ranking for name in group) == sorted(quantize.quantizable(repvit[0]))
 
 
-def test_weights_in_float16_cost_half_the_space_and_no_time(repvit: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["repvit", "tiny_vit"])
+def test_weights_in_8_bits_take_a_quarter_of_the_space_and_no_time(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model: onnx.ModelProto = request.getfixturevalue(kind)[0]
+    small = onnx.ModelProto()
+    small.CopyFrom(model)
+    products = [node for node in model.graph.node if node.op_type in ("Conv", "MatMul", "Gemm")]
+    with_int8_weights(small, [node.name for node in products])
+    onnx.checker.check_model(small, full_check=True)
+    before, after = (
+        {entry.name: numpy_helper.to_array(entry) for entry in each.graph.initializer} for each in (model, small)
+    )
+    weights = {node.input[1] for node in products} & set(before)
+    assert len(weights) > 20
+    for name in weights:
+        levels, scale = after[f"{name}_int8"], after[f"{name}_scale"]
+        assert levels.dtype == np.int8
+        assert np.abs(levels * scale - before[name]).max() <= 0.501 * scale.max()
+        assert scale.size in (before[name].shape[0], before[name].shape[-1])
+
+    path = tmp_path / "optimised.onnx"
+    session = open_session(small.SerializeToString(), optimized_model_filepath=str(path))
+    nodes = onnx.load(path).graph.node
+    assert not [node for node in nodes if node.op_type == "Cast"]
+    image = {"image": pad_with_mean_colour(pictures(1)[0], 128)}
+    expected, found = (each.run(None, image)[0] for each in (open_session(model.SerializeToString()), session))
+    assert 1e-4 < np.linalg.norm(found - expected) / np.linalg.norm(expected) < 0.03
+
+
+def test_in_the_last_resort_only_weights_are_in_8_bits(
+    repvit: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "IN_FLOAT", ())
+    monkeypatch.setattr(quantize, "INT8", Bounds())
+    plain = export_int8_encoder(*repvit, tmp_path / "encoder_int8.onnx", pictures())
+    monkeypatch.setattr(quantize, "INT8", Bounds(relative_error=0.5 * plain["parity"]["relative_error"]))
+    described = export_int8_encoder(*repvit, tmp_path / "encoder_int8.onnx", pictures())
+    assert described["precision"] == "float32, weights in int8"
+    assert described["operators_in_int8"] == 0
+    assert in_8_bits(tmp_path / "encoder_int8.onnx") == 0
+    assert described["parity"]["relative_error"] <= 0.5 * plain["parity"]["relative_error"]
+
+
+def test_weights_in_float16_take_half_the_space_and_no_time(repvit: Model, tmp_path: Path) -> None:
     whole, plain = onnx.ModelProto(), repvit[0]
     whole.CopyFrom(plain)
     convolutions = [node for node in plain.graph.node if node.op_type == "Conv"]
@@ -114,7 +159,7 @@ def test_weights_in_float16_cost_half_the_space_and_no_time(repvit: Model, tmp_p
     beyond.CopyFrom(numpy_helper.from_array(1e6 * numpy_helper.to_array(beyond), beyond.name))
     halved = onnx.ModelProto()
     halved.CopyFrom(whole)
-    quantize.with_float16_weights(halved, [node.name for node in convolutions])
+    with_float16_weights(halved, [node.name for node in convolutions])
     onnx.checker.check_model(halved, full_check=True)
     assert [node.op_type for node in halved.graph.node].count("Cast") == len(convolutions) - 1
     assert halved.ByteSize() < 0.65 * whole.ByteSize()
