@@ -51,7 +51,8 @@ KINDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]], str]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Run a benchmark, print its table, put it into `benchmark.json`; the exit code is 2 after one line on stderr."""
+    """Run a benchmark, print its table, put it into `benchmark.json`; the exit code is 2 after one line on stderr, and
+    130 after Ctrl-C."""
     if not arguments or {"-h", "--help", "help"} & set(arguments):
         print(help_text())
         return 0
@@ -80,7 +81,7 @@ def main(arguments: list[str]) -> int:
             print(f"{key}: {value}")
     written = write_results(out, {**others, kind: content})
     print(f"-> {', '.join(map(str, written))}")
-    return 0
+    return 130 if content.get("interrupted") else 0
 
 
 def write_results(out: Path, contents: dict[str, Any]) -> list[Path]:

@@ -74,10 +74,11 @@ class Entry:
 
 
 def benchmark_students(settings: StudentsBenchmark) -> dict[str, Any]:
-    """Measure, and return what goes to `benchmark.json`.
+    """Measure, and return what goes to `benchmark.json`; where Ctrl-C ends it, that of the launches that are finished.
 
     Raises:
         InputError: a setting that makes no sense.
+        KeyboardInterrupt: none is finished.
     """
     batches = numbers_in(settings.batches)
     contenders = find_contenders(settings.contenders, settings.image_size)
@@ -87,10 +88,20 @@ def benchmark_students(settings: StudentsBenchmark) -> dict[str, Any]:
         baseline = find_baseline(entries, settings.baseline)
         describe_all(entries, settings.patience)
         prepare_all(entries, settings.patience)
+        interrupted = None
         for number in range(settings.launches):
-            baseline = launch(entries, baseline, settings, threads, batches if number == settings.launches - 1 else [])
+            try:
+                baseline = launch(entries, baseline, settings, threads, number)
+            except KeyboardInterrupt:
+                if not number:
+                    raise
+                interrupted = f"interrupted after {number} of {settings.launches} launches"
+                break
+        for entry in entries if interrupted and batches else ():
+            entry.known.setdefault("batch_reason", "interrupted")
     return {
         "settings": vars(settings),
+        "interrupted": interrupted,
         "machine": machine(torch.device("cpu"), threads),
         "baseline": baseline.name if baseline else None,
         "rows": [entry.row() for entry in entries],
@@ -181,9 +192,10 @@ def prepare_all(entries: list[Entry], patience: float) -> None:
 
 
 def launch(
-    entries: list[Entry], baseline: Entry | None, settings: StudentsBenchmark, threads: int, batches: list[int]
+    entries: list[Entry], baseline: Entry | None, settings: StudentsBenchmark, threads: int, number: int
 ) -> Entry | None:
-    """Start every contender anew, warm all up, and measure them in turns; what gets lost on the way says why.
+    """Start every contender anew, warm all up, and measure them in turns; in the last launch, counted from 0 to
+    `settings.launches` - 1, also with several images at once. What gets lost on the way says why.
 
     Returns:
         The baseline: the first that runs, where there was none yet.
@@ -203,9 +215,11 @@ def launch(
         there = baseline.name in running
         subjects = {name: turn_of(entry, workers[name]) for name, entry in running.items()}
         beside = baseline.name if there else next(iter(running))
-        for name, measured in interleave(subjects, settings.rounds, beside, warm_up=False).items():
+        before = number * settings.rounds
+        for name, measured in interleave(subjects, settings.rounds, beside, warm_up=False, before=before).items():
             running[name].measured.seconds += measured.seconds
             running[name].measured.pairs += measured.pairs if there else [[]]
+        batches = numbers_in(settings.batches) if number == settings.launches - 1 else []
         for name, entry in bar(running.items(), desc="decoder, batches", leave=False):
             if entry.reason is None:
                 finish(entry, workers[name], settings.decoder_runs, batches)

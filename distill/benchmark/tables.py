@@ -55,7 +55,7 @@ def describe_machine(machine: Row) -> str:
 
 def notes(content: Row) -> list[str]:
     """What a table of students cannot say in its cells, a line each."""
-    lines = []
+    lines = [content["interrupted"]] if content.get("interrupted") else []
     if baseline := content.get("baseline"):
         lost = not any(row.get("ratio") for row in content["rows"])
         lines.append(

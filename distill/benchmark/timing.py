@@ -116,7 +116,7 @@ def timed(run: Callable[[], object], device: torch.device) -> Subject:
 
 
 def interleave(
-    subjects: Mapping[str, Subject], rounds: int, baseline: str, warm_up: bool = True
+    subjects: Mapping[str, Subject], rounds: int, baseline: str, warm_up: bool = True, before: int = 0
 ) -> dict[str, Measured]:
     """Measure subjects in turns, each beside a turn of the baseline.
 
@@ -128,9 +128,10 @@ def interleave(
         rounds: turns of each that count; the baseline has more.
         baseline: the name of one.
         warm_up: give each a turn before the first round.
+        before: rounds of earlier launches; the order goes on from theirs.
     """
     measured = {name: Measured() for name in subjects}
-    order = [turns(list(subjects), baseline, number) for number in range(rounds)]
+    order = [turns(list(subjects), baseline, before + number) for number in range(rounds)]
     total = sum(len(group) for groups in order for group in groups) + warm_up * len(subjects)
     with bar(total=total, unit=" turns", leave=False) as progress:
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from distill.benchmark import students
 from distill.benchmark.backends import BACKENDS, Runner
 from distill.benchmark.contenders import facts, find_contenders
 from distill.benchmark.main import main
@@ -260,6 +261,33 @@ def test_quick_keeps_what_was_asked_for(tmp_path: Path) -> None:
     assert len(row["pairs_ms"]) == len(row["pairs_ms"][0]) == 1
     assert "decoder_median_ms" not in row
     assert "images_per_s" not in row
+
+
+def test_after_ctrl_c_there_is_what_was_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "b.json"
+    real, began = students.launch, []
+
+    def interrupted(*arguments: Any) -> Any:
+        began.append(arguments)
+        if len(began) == stop:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(students, "launch", interrupted)
+    arguments = ["students", "repvit_m0_9", "backends=eager", *FEW, "launches=4", f"out={out}"]
+    stop = 1
+    assert main(arguments) == 130
+    assert not out.exists()
+    began, stop = [], 3
+    assert main(arguments) == 130
+    content = json.loads(out.read_text())["students"]
+    assert content["interrupted"] == "interrupted after 2 of 4 launches"
+    assert "interrupted after 2 of 4 launches" in capsys.readouterr().out
+    (row,) = content["rows"]
+    assert len(row["pairs_ms"]) == 2
+    assert row["batch_reason"] == "interrupted"
 
 
 @pytest.mark.slow

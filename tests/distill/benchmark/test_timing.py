@@ -60,6 +60,18 @@ def test_the_first_turn_does_not_count() -> None:
     assert measured["b"].pairs == [[(2.0, 2.0), (3.0, 3.0)]]
 
 
+def test_the_order_goes_on_from_launch_to_launch() -> None:
+    called: list[str] = []
+    subjects = {name: (lambda name=name: called.append(name) or [1.0]) for name in "abcd"}
+    interleave(subjects, rounds=4, baseline="a", warm_up=False)
+    at_once, called = called, []
+    for launch in range(4):
+        interleave(subjects, rounds=1, baseline="a", warm_up=False, before=launch)
+    assert called == at_once
+    first_of_each = [at_once[place] for place in range(0, len(at_once), len(at_once) // 4)]
+    assert len(set(first_of_each)) > 1
+
+
 def test_what_gets_lost_costs_nothing_but_its_own_pairs() -> None:
     def lost() -> list[float]:
         return []
