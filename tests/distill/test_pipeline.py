@@ -200,7 +200,6 @@ def test_repvit_m2_3_learns_from_a_vit_b_at_1024_px(tmp_path: Path, scene_tar: P
         "train.batch_size=1",
         "train.epochs=1",
         "evaluate.masks_per_image=4",
-        "export.formats=[onnx]",
     )
     assert result.returncode == 0, result.stderr
     with h5py.File(shard_paths(tmp_path / "cache")[0]) as file:
