@@ -9,10 +9,9 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from omegaconf import OmegaConf
 
 from distill.schema import BATCH_NORMS, FORMATS, IMAGES, LOSSES, ON_REQUEST, STAGES, Recipe, numbers
-from embeddings_cache.encoder import TEACHER_DTYPES
-from embeddings_cache.format import DTYPES
-from embeddings_cache.scenes import scene_count
-from embeddings_cache.teacher import known_teachers
+from embeddings_cache.images import scene_count
+from embeddings_cache.shards import DTYPES
+from embeddings_cache.teacher import TEACHER_DTYPES, known_teachers
 from students import DOWNSAMPLES, InputError, list_students
 
 CHOICES: dict[str, Callable[[], Sequence[str]]] = {

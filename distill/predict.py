@@ -15,10 +15,8 @@ from distill.pictures import draw_prompts, overlay
 from distill.recipe import Recipe
 from distill.run import other_teacher
 from distill.schema import PredictRecipe, numbers
-from embeddings_cache.annotations import bounding_box, encode_rle
-from embeddings_cache.files import whole_file, write_json
-from embeddings_cache.images import decode_image, reason_of
-from embeddings_cache.preprocess import resize_longest_side
+from embeddings_cache.images import bounding_box, decode_image, encode_rle, reason_of, resize_longest_side
+from embeddings_cache.system import whole_file, write_json
 from students import InputError
 
 

@@ -9,11 +9,9 @@ from accelerate import Accelerator
 from segment_anything.modeling import Sam
 
 from distill.recipe import Recipe, differences, to_yaml
-from embeddings_cache.files import read_json, whole_file, write_json
-from embeddings_cache.format import CacheIdentity, identity_of, images_name
-from embeddings_cache.precompute import refuse_other_cache
-from embeddings_cache.preprocess import fingerprint
-from embeddings_cache.reader import EmbeddingsCache
+from embeddings_cache.images import fingerprint
+from embeddings_cache.shards import CacheIdentity, EmbeddingsCache, identity_of, images_name, refuse_other_cache
+from embeddings_cache.system import read_json, whole_file, write_json
 from embeddings_cache.teacher import weights_sha256
 from students import InputError, read_metadata
 

@@ -26,11 +26,8 @@ from distill.training.metrics import Metrics, Pace
 from distill.training.monitor import Monitor, Step, UnsoundLoss
 from distill.training.plan import Plan, loss_weights
 from distill.training.rows import divide_rows
-from embeddings_cache.files import whole_file
-from embeddings_cache.format import read_info
-from embeddings_cache.progress import progress_bar
-from embeddings_cache.reader import EmbeddingsCache
-from embeddings_cache.stopping import Stopped, stop_on_request
+from embeddings_cache.shards import EmbeddingsCache, read_info
+from embeddings_cache.system import Stopped, progress_bar, stop_on_request, whole_file
 from students import InputError, StudentConfig, StudentEncoder, build_encoder, save_student
 
 ADVICE = "with another run_dir a lower train.lr, or mixed_precision=no, may help"

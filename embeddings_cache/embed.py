@@ -7,12 +7,10 @@ from functools import partial
 
 import torch
 
-from embeddings_cache.codec import CacheRow, decode_pixels, encode_pixels
-from embeddings_cache.encoder import TeacherEncoder
-from embeddings_cache.images import Sample
-from embeddings_cache.overlap import iterate_ahead, map_ahead
-from embeddings_cache.preprocess import pad_pixels, resize_longest_side
-from embeddings_cache.tars import Skipped
+from embeddings_cache.images import Sample, Skipped, pad_pixels, resize_longest_side
+from embeddings_cache.shards import CacheRow, decode_pixels, encode_pixels
+from embeddings_cache.system import iterate_ahead, map_ahead
+from embeddings_cache.teacher import TeacherEncoder
 
 BATCHES_AHEAD = 2
 
@@ -49,6 +47,12 @@ def embedded_rows(
         with closing(map_ahead(_rows, begun, threads=1, ahead=2 if encoder.device.type == "cuda" else 1)) as fetched:
             for rows in fetched:
                 yield from rows
+
+
+def embed_again(encoder: TeacherEncoder, row: CacheRow) -> torch.Tensor:
+    """What the teacher makes of a cached row's picture: float32 (C, h, w), on the CPU."""
+    pixels = pad_pixels(row.pixels(), encoder.image_size)[None]
+    return encoder(pixels, torch.tensor([row.input_size]))[0].cpu()
 
 
 def _rows(begun: tuple[list[Prepared], Callable[[], torch.Tensor]]) -> list[CacheRow]:

@@ -11,20 +11,39 @@ from accelerate.utils import gather_object
 from segment_anything.modeling import Sam
 
 from embeddings_cache.embed import embedded_rows
-from embeddings_cache.encoder import TeacherEncoder
-from embeddings_cache.files import TEMPORARY, sole_user, write_json
-from embeddings_cache.format import CacheIdentity, CacheInfo, images_name, read_info
-from embeddings_cache.images import count_images, read_images
-from embeddings_cache.overlap import available_cores, map_ahead, processes_here
-from embeddings_cache.preprocess import fingerprint
-from embeddings_cache.progress import progress_bar
-from embeddings_cache.reader import is_complete, keys_in, shard_paths
-from embeddings_cache.skipped import SkippedSamples
-from embeddings_cache.sources import Share, assign_sources, keep_key, pick_sources
-from embeddings_cache.space import check_space
-from embeddings_cache.stopping import stop_on_request
-from embeddings_cache.teacher import weights_sha256
-from embeddings_cache.writer import ShardWriter
+from embeddings_cache.images import (
+    Share,
+    SkippedSamples,
+    assign_sources,
+    count_images,
+    fingerprint,
+    keep_key,
+    pick_sources,
+    read_images,
+)
+from embeddings_cache.shards import (
+    CacheIdentity,
+    CacheInfo,
+    ShardWriter,
+    check_space,
+    images_name,
+    is_complete,
+    keys_in,
+    read_info,
+    refuse_other_cache,
+    shard_paths,
+)
+from embeddings_cache.system import (
+    TEMPORARY,
+    available_cores,
+    map_ahead,
+    processes_here,
+    progress_bar,
+    sole_user,
+    stop_on_request,
+    write_json,
+)
+from embeddings_cache.teacher import TeacherEncoder, weights_sha256
 from students import InputError
 
 MOST_THREADS = 8
@@ -183,12 +202,6 @@ def embed_shares(
                 progress()
                 request.raise_if_made()
     return divided
-
-
-def refuse_other_cache(directory: Path, found: CacheIdentity, expected: CacheIdentity) -> None:
-    """Raise `InputError`, naming what differs, unless the cache found is the one expected."""
-    if differences := found.differences(expected):
-        raise InputError(f"the cache at {directory} is another one: {'; '.join(differences)}. Choose another cache.dir")
 
 
 def refuse_differing(counts: list[dict[str, int]]) -> None:

@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import time
+from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
 
@@ -31,18 +32,13 @@ from safetensors.torch import save
 from segment_anything.modeling import Sam
 from torch import nn
 
-import embeddings_cache
 from distill.evaluate.masks import make_prompts, score_image
 from distill.schema import EvaluateRecipe
 from distill.train import parameter_groups
 from embeddings_cache.embed import embedded_rows
-from embeddings_cache.encoder import TeacherEncoder
-from embeddings_cache.files import whole_file
-from embeddings_cache.images import Sample
-from embeddings_cache.preprocess import normalize, resize_longest_side
-from embeddings_cache.progress import progress_bar
-from embeddings_cache.scenes import generate_scene, sa1b_annotation
-from embeddings_cache.toy_teacher import TOY_IMAGE_SIZE, WEIGHTS, build_toy_sam, load_toy_state
+from embeddings_cache.images import Sample, generate_scene, normalize, resize_longest_side, sa1b_annotation
+from embeddings_cache.system import progress_bar, whole_file
+from embeddings_cache.teacher import TOY_IMAGE_SIZE, WEIGHTS, TeacherEncoder, build_toy_sam, load_toy_state
 
 SEED = 20230405  # the day SAM was published; scenes of the quickstart have seed 0
 SCENES = 12_000
@@ -69,7 +65,7 @@ Scene = tuple[np.ndarray, np.ndarray]
 def main() -> None:
     """Make scenes, train on them, write the weights and say what they are worth."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = Path(embeddings_cache.__file__ or "").parent / WEIGHTS
+    default = Path(str(files("embeddings_cache.teacher") / WEIGHTS))
     parser.add_argument("--out", type=Path, default=default, help="where the weights go (default: %(default)s)")
     parser.add_argument("--short", type=int, default=1, metavar="N", help="make all N times shorter, to try it out")
     options = parser.parse_args()

@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
-from embeddings_cache.overlap import available_cores
+from embeddings_cache.system import available_cores
 
 VARIANTS: dict[str, list[str]] = {
     "`mse`": ["train.ignore_padding=false"],

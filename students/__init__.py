@@ -19,14 +19,15 @@ from students.encoder import (
     create_student,
     list_students,
 )
-from students.errors import InputError, first_line
+from students.errors import CheckFailed, InputError, first_line
 from students.macs import count_macs
-from students.sam import build_student_sam, require_decoder
+from students.sam import build_student_sam, require_decoder, untrained_sam
 
 __all__ = [
     "DOWNSAMPLES",
     "PUBLISHED",
     "VITS",
+    "CheckFailed",
     "InputError",
     "StudentConfig",
     "StudentEncoder",
@@ -47,4 +48,5 @@ __all__ = [
     "require_decoder",
     "save_published",
     "save_student",
+    "untrained_sam",
 ]

@@ -1,4 +1,4 @@
-"""The one exception that speaks to the person at the keyboard."""
+"""The exceptions that speak to the person at the keyboard."""
 
 
 class InputError(Exception):
@@ -6,6 +6,13 @@ class InputError(Exception):
 
     The message is one line that names the thing, and is shown as it is, without a traceback (exit code 2).
     Anything else that is raised is a bug of ours and keeps its traceback.
+    """
+
+
+class CheckFailed(Exception):
+    """What was asked for was done, and what came of it, or what lies there, is not as it should be.
+
+    The message is one line, shown without a traceback (exit code 1).
     """
 
 

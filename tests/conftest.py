@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from embeddings_cache.scenes import write_scene_tar
+from embeddings_cache.images.scenes import write_scene_tar
 from support import IMAGES, ROOT, TINY, Cli, places
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # as CI; also for the processes that tests start

@@ -22,13 +22,10 @@ from PIL import Image
 from torch import nn
 
 from distill.benchmark.contenders import Contender, build
-from distill.export.coreml import Origin, convert_decoder, convert_encoder
-from distill.export.coreml_check import require_coremltools
+from distill.export.coreml import Origin, convert_decoder, convert_encoder, require_coremltools
 from distill.export.decoder import PromptDecoder
 from distill.export.encoder import RgbEncoder
-from distill.export.onnx_decoder import low_res_model
-from distill.export.onnx_encoder import encoder_model
-from distill.export.onnx_file import open_session
+from distill.export.onnx import encoder_model, low_res_model, open_session
 from students import InputError, first_line
 
 PROMPT = {

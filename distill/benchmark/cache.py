@@ -15,12 +15,18 @@ from tqdm import trange
 
 from distill.benchmark.machine import cost_alone, machine
 from distill.benchmark.timing import interleave, spread, timed
-from embeddings_cache.codec import CacheRow, encode_pixels
-from embeddings_cache.files import write_json
-from embeddings_cache.format import DTYPES, CacheIdentity, CacheInfo
-from embeddings_cache.preprocess import fingerprint
-from embeddings_cache.reader import EmbeddingsCache, shard_paths
-from embeddings_cache.writer import ShardWriter
+from embeddings_cache.images import fingerprint
+from embeddings_cache.shards import (
+    DTYPES,
+    CacheIdentity,
+    CacheInfo,
+    CacheRow,
+    EmbeddingsCache,
+    ShardWriter,
+    encode_pixels,
+    shard_paths,
+)
+from embeddings_cache.system import write_json
 from students import InputError
 
 MAPPED = "np.memmap"

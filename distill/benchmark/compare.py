@@ -10,7 +10,7 @@ from scipy.stats import t as student_t
 
 from distill.benchmark.machine import TOOLS
 from distill.benchmark.timing import log_ratios
-from embeddings_cache.files import read_json
+from embeddings_cache.system import read_json
 from students import InputError
 
 CERTAIN = 0.99

@@ -15,7 +15,7 @@ from torch import nn
 from distill.checks import nearest
 from distill.export.files import digest as file_digest
 from distill.export.files import size as file_size
-from embeddings_cache.files import read_json, sha256
+from embeddings_cache.system import read_json, sha256
 from students import (
     PUBLISHED,
     VITS,
@@ -31,8 +31,8 @@ from students import (
     load_checkpoint,
     load_student,
     require_decoder,
+    untrained_sam,
 )
-from students.sam import untrained_sam
 
 VIT_SIZE = 1024
 """Side of the input that segment-anything's encoders are built for."""

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from distill.benchmark.timing import interleave, synchronize, timed
-from embeddings_cache.format import installed_versions
-from embeddings_cache.overlap import available_cores
+from embeddings_cache.system import available_cores, installed_versions
 from students import InputError
 
 MATRIX = 8192

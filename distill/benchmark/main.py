@@ -29,7 +29,7 @@ from distill.benchmark.tables import (
 from distill.benchmark.teacher import TeacherBenchmark, benchmark_teacher
 from distill.benchmark.train import TrainBenchmark, benchmark_train
 from distill.checks import nearest
-from embeddings_cache.files import read_json, whole_file, write_json
+from embeddings_cache.system import read_json, whole_file, write_json
 from students import InputError, first_line
 
 USAGE = """\

@@ -13,14 +13,11 @@ from torch.nn.functional import interpolate
 
 from distill.benchmark.cache import made_up_identity
 from distill.benchmark.timing import NO_RATIO, interleave, timed
-from embeddings_cache.codec import encode_pixels
-from embeddings_cache.encoder import TeacherEncoder
-from embeddings_cache.format import CacheIdentity
-from embeddings_cache.overlap import map_ahead
+from embeddings_cache.images import Share, SkippedSamples
 from embeddings_cache.precompute import embed_shares, preparing_threads
-from embeddings_cache.skipped import SkippedSamples
-from embeddings_cache.sources import Share
-from embeddings_cache.writer import ShardWriter
+from embeddings_cache.shards import CacheIdentity, ShardWriter, encode_pixels
+from embeddings_cache.system import map_ahead
+from embeddings_cache.teacher import TeacherEncoder
 
 ALONE, WHOLE = "encoder alone", "from JPEG to shard"
 

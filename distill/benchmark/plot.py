@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from embeddings_cache.files import whole_file
+from embeddings_cache.system import whole_file
 
 MARKERS = "os^DvPX*<>"
 

@@ -18,8 +18,7 @@ from distill.benchmark.timing import Measured, in_ms, interleave, spread
 from distill.benchmark.worker import Lost, Worker, describe, prepare, serve
 from distill.checks import nearest
 from distill.export.files import size as file_size
-from embeddings_cache.overlap import available_cores
-from embeddings_cache.progress import bar
+from embeddings_cache.system import available_cores, bar
 from students import InputError
 
 QUICK = ("backends=eager", "launches=1", "rounds=3", "turn_seconds=1", "decoder_runs=0", "batches=0")

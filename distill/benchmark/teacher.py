@@ -16,12 +16,9 @@ from distill.benchmark.machine import cost_alone, gpu_peak, machine, matrix_prod
 from distill.benchmark.pipeline import WHOLE, pipeline_row
 from distill.benchmark.timing import Measured, interleave, timed
 from distill.checks import nearest
-from embeddings_cache.encoder import TEACHER_DTYPES, TeacherEncoder
-from embeddings_cache.preprocess import to_encoder_input
-from embeddings_cache.progress import bar
-from embeddings_cache.teacher import known_teachers
-from embeddings_cache.toy_teacher import load_toy_teacher
-from embeddings_cache.vit import fuse_attention
+from embeddings_cache.images import to_encoder_input
+from embeddings_cache.system import bar
+from embeddings_cache.teacher import TEACHER_DTYPES, TeacherEncoder, fuse_attention, known_teachers, load_toy_teacher
 from students import VITS, InputError, architecture_of, load_checkpoint
 
 BASELINE = "segment-anything, float32"

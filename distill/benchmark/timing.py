@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from scipy.stats import t as student_t
 
-from embeddings_cache.progress import bar
+from embeddings_cache.system import bar
 
 CONFIDENCE = 0.95
 """Of the intervals of ratios."""

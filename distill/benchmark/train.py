@@ -24,8 +24,8 @@ from distill.train import learn, parameter_groups, student_config, to_training
 from distill.training.batches import Batch, CachedImages, TimedBatches, TrainingOrder, make_loader
 from distill.training.plan import Plan
 from distill.training.rows import Group
-from embeddings_cache.progress import bar
-from embeddings_cache.reader import EmbeddingsCache
+from embeddings_cache.shards import EmbeddingsCache
+from embeddings_cache.system import bar
 from students import InputError, build_encoder, list_students
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

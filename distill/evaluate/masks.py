@@ -26,19 +26,22 @@ from distill.losses import embedding_errors
 from distill.recipe import Recipe
 from distill.run import chosen_student, is_current, open_cache
 from distill.schema import EvaluateRecipe
-from embeddings_cache.annotations import bounding_box, center_point, decode_masks
-from embeddings_cache.codec import CacheRow
 from embeddings_cache.embed import embedded_rows
-from embeddings_cache.encoder import TeacherEncoder
-from embeddings_cache.files import sha256, write_json
-from embeddings_cache.format import CacheIdentity, read_info
-from embeddings_cache.images import read_images
-from embeddings_cache.precompute import refuse_other_cache
-from embeddings_cache.preprocess import pad_pixels, to_encoder_input
-from embeddings_cache.progress import progress_bar
-from embeddings_cache.sources import assign_sources, expand_sources, pick_sources
-from embeddings_cache.tars import Skipped
-from embeddings_cache.teacher import load_teacher, weights_sha256
+from embeddings_cache.images import (
+    Skipped,
+    assign_sources,
+    bounding_box,
+    center_point,
+    decode_masks,
+    expand_sources,
+    pad_pixels,
+    pick_sources,
+    read_images,
+    to_encoder_input,
+)
+from embeddings_cache.shards import CacheIdentity, CacheRow, read_info, refuse_other_cache
+from embeddings_cache.system import progress_bar, sha256, write_json
+from embeddings_cache.teacher import TeacherEncoder, load_teacher, weights_sha256
 from students import InputError, build_student_sam, first_line, load_student, require_decoder
 
 PROMPTS_A_PASS = 32

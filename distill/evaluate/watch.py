@@ -12,8 +12,7 @@ from torch import nn
 from distill.evaluate.masks import Prompts, Score, embed_both, make_prompts, refuse_other_teacher, score_image
 from distill.recipe import Recipe
 from distill.training.plan import wants_masks
-from embeddings_cache.codec import CacheRow
-from embeddings_cache.reader import EmbeddingsCache
+from embeddings_cache.shards import CacheRow, EmbeddingsCache
 from embeddings_cache.teacher import load_teacher
 from students import InputError, build_student_sam, require_decoder
 

@@ -14,11 +14,8 @@ from torch.nn.functional import conv2d, layer_norm, pad, pixel_shuffle
 from distill.evaluate.masks import make_prompts
 from distill.export.proof import PROMPTS
 from distill.recipe import Recipe
-from embeddings_cache.codec import CacheRow, encode_pixels
-from embeddings_cache.format import read_info
-from embeddings_cache.preprocess import PIXEL_MEAN, normalize, resize_longest_side
-from embeddings_cache.reader import EmbeddingsCache, is_complete
-from embeddings_cache.scenes import generate_scene, sa1b_annotation
+from embeddings_cache.images import PIXEL_MEAN, generate_scene, normalize, resize_longest_side, sa1b_annotation
+from embeddings_cache.shards import CacheRow, EmbeddingsCache, encode_pixels, is_complete, read_info
 from students import InputError, StudentEncoder
 
 CALIBRATION_SEED = 1

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from hashlib import sha256 as new_digest
 from pathlib import Path
 
-from embeddings_cache.files import TEMPORARY, publish, sha256
+from embeddings_cache.system import TEMPORARY, publish, sha256
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from segment_anything import SamPredictor
 from distill.evaluate.masks import make_prompts
 from distill.export.decoder import BOTTOM_RIGHT, PAD, TOP_LEFT
 from distill.export.proof import PROMPTS, ParityError
-from embeddings_cache.codec import CacheRow
+from embeddings_cache.shards import CacheRow
 
 DECODER_IMAGES = 2
 """Images that a decoder is compared on: it depends on the prompts more, of which each image has five."""

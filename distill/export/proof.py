@@ -16,9 +16,9 @@ from torch import nn
 
 from distill.evaluate.masks import make_prompts, mask_iou, predict_masks
 from distill.schema import EvaluateRecipe
-from embeddings_cache.codec import CacheRow
-from embeddings_cache.preprocess import pad_pixels, to_encoder_input
-from students import InputError
+from embeddings_cache.images import pad_pixels, to_encoder_input
+from embeddings_cache.shards import CacheRow
+from students import CheckFailed, InputError
 
 PROMPTS = EvaluateRecipe(masks_per_image=5, grid=3)
 """Prompts of each kind an image; side of the grid where there is no annotation."""
@@ -27,8 +27,8 @@ Encode = Callable[[np.ndarray], np.ndarray]
 """A resized picture, RGB uint8 (h, w, 3) → its embedding, float32 (1, C, S/16, S/16)."""
 
 
-class ParityError(Exception):
-    """A file does not do what the student does. The message is one line; exit code 1."""
+class ParityError(CheckFailed):
+    """A file does not do what the student does."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from distill.recipe import Recipe
 from distill.training.plan import Plan, loss_weights
 from distill.training.prompts import MaskPrompts, sample_prompts
 from distill.training.rows import Group
-from embeddings_cache.preprocess import pad_pixels, to_encoder_input
-from embeddings_cache.reader import EmbeddingsCache
+from embeddings_cache.images import pad_pixels, to_encoder_input
+from embeddings_cache.shards import EmbeddingsCache
 from students import InputError
 
 WORKERS_ON_A_GPU = 4

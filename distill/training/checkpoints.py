@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 
-from embeddings_cache.files import TEMPORARY, publish, read_json, write_json
+from embeddings_cache.system import TEMPORARY, publish, read_json, write_json
 from students import InputError, StudentEncoder, first_line, load_student, save_student
 
 STUDENT = "student.safetensors"

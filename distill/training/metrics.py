@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from distill.recipe import Recipe
 from distill.run import read_metrics
 from distill.training.batches import TimedBatches
-from embeddings_cache.files import whole_file
+from embeddings_cache.system import whole_file
 from students import InputError
 
 

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from embeddings_cache.stopping import StopRequest
+from embeddings_cache.system import StopRequest
 from students import InputError
 
 SECONDS_BETWEEN = 1.0

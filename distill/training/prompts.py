@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from embeddings_cache.annotations import bounding_box, decode_rle
-from embeddings_cache.codec import CacheRow
+from embeddings_cache.images import bounding_box, decode_rle
+from embeddings_cache.shards import CacheRow
 from students import first_line
 
 BOX_NOISE, MOST_BOX_NOISE = 0.1, 20.0

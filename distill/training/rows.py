@@ -6,8 +6,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from distill.recipe import Recipe
-from embeddings_cache.overlap import processes_here
-from embeddings_cache.reader import EmbeddingsCache, held_out_keys
+from embeddings_cache.shards import EmbeddingsCache, held_out_keys
+from embeddings_cache.system import processes_here
 from students import InputError
 
 

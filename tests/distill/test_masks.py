@@ -26,9 +26,9 @@ from distill.evaluate.masks import (
     summarize,
 )
 from distill.recipe import Recipe, load_recipe
-from embeddings_cache.annotations import encode_rle
-from embeddings_cache.scenes import generate_scene
-from embeddings_cache.teacher import load_teacher
+from embeddings_cache.images.annotations import encode_rle
+from embeddings_cache.images.scenes import generate_scene
+from embeddings_cache.teacher.loading import load_teacher
 from students import InputError, build_student_sam
 from support import TINY, places
 

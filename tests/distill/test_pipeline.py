@@ -16,8 +16,8 @@ import torch
 from segment_anything import sam_model_registry
 
 from distill.recipe import load_recipe
-from embeddings_cache.files import sole_user
-from embeddings_cache.reader import EmbeddingsCache, shard_paths
+from embeddings_cache.shards.reader import EmbeddingsCache, shard_paths
+from embeddings_cache.system.files import sole_user
 from students import load_student
 from support import IMAGES, ROOT, TINY, Cli, places
 

@@ -6,14 +6,15 @@ import pytest
 from PIL import Image
 from segment_anything import SamPredictor
 
-from distill.main import create_accelerator, main
+from distill.launch import create_accelerator
+from distill.main import main
 from distill.predict import Prediction, everything, write_prediction
 from distill.recipe import load_recipe
 from distill.run import claim_run_dir
 from distill.train import train
-from embeddings_cache.annotations import decode_rle
-from embeddings_cache.scenes import generate_scene
-from embeddings_cache.teacher import load_teacher
+from embeddings_cache.images.annotations import decode_rle
+from embeddings_cache.images.scenes import generate_scene
+from embeddings_cache.teacher.loading import load_teacher
 from students import build_student_sam, load_student, save_student
 from support import TINY, Cli, places
 

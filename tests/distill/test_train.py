@@ -11,14 +11,14 @@ import torch
 from accelerate import Accelerator
 
 from distill.evaluate.masks import evaluate_masks
-from distill.main import create_accelerator
+from distill.launch import create_accelerator
 from distill.recipe import Recipe, load_recipe
 from distill.run import claim_run_dir, read_metrics
 from distill.schema import PhaseRecipe
 from distill.train import train
 from distill.training.monitor import Monitor, Step
-from embeddings_cache.preprocess import pad_pixels, to_encoder_input
-from embeddings_cache.reader import EmbeddingsCache
+from embeddings_cache.images.preprocessing import pad_pixels, to_encoder_input
+from embeddings_cache.shards.reader import EmbeddingsCache
 from students import InputError, create_student, load_student, read_metadata
 from support import TINY, places
 

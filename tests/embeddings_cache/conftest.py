@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from segment_anything.modeling import Sam
 
 from caches import SIZE, Make
-from embeddings_cache.format import CacheIdentity, CacheInfo
 from embeddings_cache.precompute import cache_identity, precompute
-from embeddings_cache.teacher import load_teacher
+from embeddings_cache.shards.format import CacheIdentity, CacheInfo
+from embeddings_cache.teacher.loading import load_teacher
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ import pytest
 from PIL import Image
 
 from caches import Make
-from embeddings_cache import space
-from embeddings_cache.format import CacheIdentity
-from embeddings_cache.reader import EmbeddingsCache, shard_paths
-from embeddings_cache.scenes import write_scene_tar
+from embeddings_cache.images.scenes import write_scene_tar
+from embeddings_cache.shards import space
+from embeddings_cache.shards.format import CacheIdentity
+from embeddings_cache.shards.reader import EmbeddingsCache, shard_paths
 from pictures import ANNOTATION, encoded, write_tar
 from students import InputError
 from support import ROOT

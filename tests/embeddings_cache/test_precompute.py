@@ -15,14 +15,14 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from caches import SIZE, Make
-from embeddings_cache import skipped
-from embeddings_cache.encoder import TeacherEncoder
-from embeddings_cache.format import CacheIdentity
-from embeddings_cache.images import read_images
+from embeddings_cache.images import skipped
+from embeddings_cache.images.preprocessing import resize_longest_side
+from embeddings_cache.images.samples import read_images
+from embeddings_cache.images.sources import Share
 from embeddings_cache.precompute import cache_identity, precompute
-from embeddings_cache.preprocess import resize_longest_side
-from embeddings_cache.reader import EmbeddingsCache, shard_paths
-from embeddings_cache.sources import Share
+from embeddings_cache.shards.format import CacheIdentity
+from embeddings_cache.shards.reader import EmbeddingsCache, shard_paths
+from embeddings_cache.teacher.encoder import TeacherEncoder
 from students import InputError
 from support import ROOT
 

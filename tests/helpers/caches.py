@@ -5,7 +5,7 @@ from pathlib import Path
 
 import h5py
 
-from embeddings_cache.format import CacheInfo
+from embeddings_cache.shards.format import CacheInfo
 
 SIZE = 128
 

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from distill.export.proof import Reference
-from embeddings_cache.codec import CacheRow, encode_pixels
-from embeddings_cache.preprocess import pad_pixels, resize_longest_side, to_encoder_input
-from embeddings_cache.scenes import generate_scene, sa1b_annotation
-from embeddings_cache.teacher import load_teacher
+from embeddings_cache.images.preprocessing import pad_pixels, resize_longest_side, to_encoder_input
+from embeddings_cache.images.scenes import generate_scene, sa1b_annotation
+from embeddings_cache.shards.codec import CacheRow, encode_pixels
+from embeddings_cache.teacher.loading import load_teacher
 from students import StudentEncoder, create_student
 
 SIZE = 128

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from embeddings_cache.annotations import encode_rle
-from embeddings_cache.images import Sample, read_images
-from embeddings_cache.sources import Share
+from embeddings_cache.images.annotations import encode_rle
+from embeddings_cache.images.samples import Sample, read_images
+from embeddings_cache.images.sources import Share
 
 ANNOTATION = json.dumps({"annotations": [{"segmentation": encode_rle(np.eye(30, 40, dtype=bool))}]}).encode()
 """SA-1B's JSON with one mask, for a picture of 40×30 px."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
-from embeddings_cache.scenes import generate_scene
+from embeddings_cache.images.scenes import generate_scene
 from published import image_by_rule, read_peer, repvit_of_the_paper, weights_by_rule
 from students import (
     PUBLISHED,

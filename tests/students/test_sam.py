@@ -3,8 +3,8 @@ import pytest
 import torch
 from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
-from embeddings_cache.scenes import generate_scene
-from embeddings_cache.toy_teacher import load_toy_teacher
+from embeddings_cache.images.scenes import generate_scene
+from embeddings_cache.teacher.toy import load_toy_teacher
 from students import build_student_sam, create_student
 
 TINY = {"embed_dim": 128, "widths": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}

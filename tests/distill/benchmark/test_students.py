@@ -17,7 +17,7 @@ from distill.benchmark.contenders import facts, find_contenders
 from distill.benchmark.main import main
 from distill.benchmark.plot import pareto
 from distill.benchmark.worker import Bench, Lost, Worker, serve
-from embeddings_cache.files import sha256
+from embeddings_cache.system.files import sha256
 from students import create_student, save_student
 from workers import crash, sleep_on
 

@@ -10,7 +10,7 @@ from distill.benchmark.cache import CacheBenchmark, make_cache, map_plainly, who
 from distill.benchmark.main import main
 from distill.benchmark.teacher import TeacherBenchmark, load_sam
 from distill.benchmark.timing import ratio
-from embeddings_cache.reader import EmbeddingsCache
+from embeddings_cache.shards.reader import EmbeddingsCache
 from students import create_student, save_student
 
 

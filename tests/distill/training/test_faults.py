@@ -17,7 +17,7 @@ import torch
 
 from caches import flip_a_bit
 from distill.evaluate.masks import evaluate_masks
-from distill.main import create_accelerator
+from distill.launch import create_accelerator
 from distill.recipe import Recipe, load_recipe
 from distill.train import train
 from students import InputError, load_student

@@ -12,10 +12,10 @@ from segment_anything.modeling import Sam
 from distill.losses import Objective, embedding_errors
 from distill.training.mask_loss import MaskLoss, corrections, mask_distance, pixels_inside
 from distill.training.prompts import MaskPrompts, sample_prompts
-from embeddings_cache.annotations import decode_masks
-from embeddings_cache.codec import CacheRow
-from embeddings_cache.reader import EmbeddingsCache
-from embeddings_cache.teacher import load_teacher
+from embeddings_cache.images.annotations import decode_masks
+from embeddings_cache.shards.codec import CacheRow
+from embeddings_cache.shards.reader import EmbeddingsCache
+from embeddings_cache.teacher.loading import load_teacher
 
 SIZE = 128
 

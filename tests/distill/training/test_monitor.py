@@ -11,12 +11,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from distill.main import create_accelerator
+from distill.launch import create_accelerator
 from distill.recipe import Recipe, load_recipe
 from distill.train import train
 from distill.training.monitor import Monitor, Step, UnsoundLoss
-from embeddings_cache.reader import EmbeddingsCache
-from embeddings_cache.stopping import StopRequest
+from embeddings_cache.shards.reader import EmbeddingsCache
+from embeddings_cache.system.stopping import StopRequest
 from students import InputError
 from support import TINY, places
 

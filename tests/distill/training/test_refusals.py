@@ -10,7 +10,7 @@ import pytest
 from distill.main import main
 from distill.recipe import load_recipe
 from distill.run import refuse_other_settings
-from embeddings_cache.format import read_info
+from embeddings_cache.shards.format import read_info
 from students import InputError
 from support import TINY, Cli, places
 

@@ -1,0 +1,85 @@
+"""Core ML conversions in a process of their own: each keeps one core busy with Python, while ONNX files are made and
+compared."""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from distill.export.coreml.conversion import compress, convert_decoder, convert_encoder
+from distill.export.coreml.package import require_coremltools
+from distill.export.decoder import PromptDecoder
+from distill.export.encoder import RgbEncoder
+from distill.export.subject import load_subject
+from distill.recipe import Recipe
+from students import InputError
+
+ENCODER, DECODER = "Encoder.mlpackage", "Decoder.mlpackage"
+BITS = {ENCODER: None, "Encoder_8bit.mlpackage": 8, "Encoder_6bit.mlpackage": 6}
+"""Encoders, and how many their weights have; None for float16."""
+
+
+class Conversions:
+    """Packages that another process is making, in the order in which they were asked for.
+
+    Args:
+        futures: by name of the package; done when it lies in `folder`.
+    """
+
+    def __init__(self, folder: Path, futures: dict[str, Future[None]]) -> None:
+        self.folder, self.futures = folder, futures
+
+    def model(self, name: str) -> Any:
+        """Wait for a package; a `coremltools` model, not yet described or compared.
+
+        Raises:
+            InputError: coremltools does not know something in it, or the process was killed.
+        """
+        try:
+            if BITS.get(name):
+                self.futures[ENCODER].result()  # without which there is nothing to compress
+            self.futures[name].result()
+        except BrokenProcessPool:
+            raise InputError("its conversion was killed, most likely for want of memory") from None
+        return _load(self.folder / name)
+
+
+@contextmanager
+def conversions(recipe: Recipe, names: list[str]) -> Iterator[Conversions]:
+    """Begin to make these packages of the recipe's student; nothing where there are none."""
+    order = [name for name in (*BITS, DECODER) if name in names]
+    if not order:
+        yield Conversions(Path(), {})
+        return
+    if order != [DECODER]:
+        order = list(dict.fromkeys([ENCODER, *order]))  # which the compressed ones are made of
+    with TemporaryDirectory(prefix="coreml-") as scratch, ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        folder = Path(scratch)
+        try:
+            yield Conversions(folder, {name: pool.submit(_make, recipe, folder, name) for name in order})
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _make(recipe: Recipe, folder: Path, name: str) -> None:
+    torch.set_num_threads(1)  # the other cores are busy
+    if bits := BITS.get(name):
+        model = compress(_load(folder / ENCODER), bits)
+    else:
+        subject = load_subject(recipe)
+        if name == ENCODER:
+            model = convert_encoder(RgbEncoder(subject.encoder).eval())
+        else:
+            assert subject.sam is not None
+            model = convert_decoder(PromptDecoder(subject.sam).eval(), subject.sam)
+    model.save(str(folder / name))
+
+
+def _load(package: Path) -> Any:
+    return require_coremltools().models.MLModel(str(package), skip_model_load=True)

@@ -1,0 +1,51 @@
+"""`export/README.md`, for the person who receives the folder."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from distill.export.coreml import MAX_POINTS, PADDING_COLOUR
+from embeddings_cache.system import whole_file
+
+
+def write_readme(path: Path, manifest: dict[str, Any]) -> None:
+    """Describe an export's files, and how they are used from Python, JavaScript, Swift and TensorRT."""
+    made = manifest["files"]
+    encoders = [name for name in made if name.startswith("encoder")]
+    text = (
+        Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+        .from_string(_resource("README.md.jinja"))
+        .render(
+            manifest={"failures": [], **manifest},
+            made=made,
+            images_from=next((file["parity"].get("images_from") for file in made.values()), None),
+            size=manifest["student"]["image_size"],
+            rounded=PADDING_COLOUR,
+            max_points=MAX_POINTS,
+            onnx=[name for name in made if name.endswith(".onnx")],
+            packages=[name for name in made if name.endswith(".mlpackage")],
+            decoders=[name for name in made if name.lower().startswith("decoder")],
+            onnx_encoders=encoders,
+            dynamic=any(not isinstance(made[name]["inputs"]["image"]["shape"][0], int) for name in encoders),
+            on_a_mac=any("runtime" in file["parity"] for file in made.values()),
+            python=snippet("segment.py", manifest),
+            javascript=snippet("segment.mjs", manifest),
+            swift=snippet("Segment.swift", manifest),
+        )
+    )
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def snippet(name: str, manifest: dict[str, Any]) -> str:
+    """A client's code, for the files of this export."""
+    encoders = [made for made in manifest["files"] if made.startswith("encoder")]
+    text = _resource(f"snippets/{name}").strip().replace("encoder.onnx", next(iter(encoders), "encoder.onnx"))
+    return re.sub(r"(size\b.* = )1024", rf"\g<1>{manifest['student']['image_size']}", text, count=1, flags=re.I)
+
+
+def _resource(name: str) -> str:
+    return (files("distill.export.handover") / name).read_text(encoding="utf-8")

@@ -1,0 +1,107 @@
+"""`encoder.onnx` and `encoder_fp16.onnx`, compared with PyTorch through ONNX Runtime before they are kept."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from distill.export.encoder import RgbEncoder, pad_with_mean_colour
+from distill.export.onnx.file import OPSET, TWO_GIGABYTES, onnx_model, open_session
+from distill.export.proof import FLOAT16, Bounds, Encode, ParityError, Reference, within
+from distill.export.quiet import quietly
+from embeddings_cache.images import PIXEL_MEAN
+from embeddings_cache.system import whole_file
+from students import InputError
+
+FLOAT32 = Bounds(max_difference=1e-3, mask_miou=0.995)
+"""Embeddings leave a LayerNorm, so their values are of order 1."""
+
+
+def export_onnx_encoder(
+    model: onnx.ModelProto, reference: Reference, path: Path, float16: bool = False
+) -> dict[str, Any]:
+    """Write an ONNX encoder; nothing is left at `path` unless it agrees with PyTorch on every image.
+
+    Args:
+        model: from `encoder_model`.
+        reference: what PyTorch makes of some images.
+        path: of the file.
+        float16: half of the bytes; input and output stay float32.
+
+    Returns:
+        Inputs, outputs and parity, for the manifest.
+
+    Raises:
+        ParityError: the file does not reproduce the encoder.
+    """
+    if float16:
+        with quietly("onnxruntime"):
+            model = convert_float_to_float16(deepcopy(model), keep_io_types=True, disable_shape_infer=True)
+    with whole_file(path) as temporary:
+        onnx.save(model, temporary)
+        parity = within(path.name, reference.parity(onnx_encode(temporary)), FLOAT16 if float16 else FLOAT32)
+        refuse_mixed_batches(path.name, temporary, reference)
+        return {**describe_encoder(temporary), "precision": "float16" if float16 else "float32", "parity": parity}
+
+
+def encoder_model(encoder: RgbEncoder, dynamic_batch: bool = False) -> onnx.ModelProto:
+    """An encoder in float32 with input `image` and output `image_embeddings`; `dynamic_batch`: of any number of images.
+
+    Raises:
+        InputError: it would not fit into one file.
+    """
+    if sum(parameter.numel() for parameter in encoder.parameters()) * 4 > TWO_GIGABYTES:
+        raise InputError("the encoder has more weights than one ONNX file holds (2 GB)")
+    # A batch of one is what torch.export would make a constant.
+    example = torch.zeros(2 if dynamic_batch else 1, 3, encoder.image_size, encoder.image_size)
+    shapes = {"dynamic_shapes": ({0: torch.export.Dim("N")},)} if dynamic_batch else {}
+    return onnx_model(encoder, (example,), input_names=["image"], output_names=["image_embeddings"], **shapes)
+
+
+def onnx_encode(path: Path) -> Encode:
+    """An ONNX encoder as something that turns a resized picture into its embedding."""
+    session = open_session(path)
+    size = session.get_inputs()[0].shape[-1]
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        (embedding,) = session.run(["image_embeddings"], {"image": pad_with_mean_colour(pixels, size)})
+        return embedding
+
+    return encode
+
+
+def refuse_mixed_batches(name: str, path: Path, reference: Reference) -> None:
+    """Raise `ParityError` where a file that takes batches makes something else of images together than of each."""
+    session = open_session(path)
+    if isinstance(session.get_inputs()[0].shape[0], int):
+        return
+    image = pad_with_mean_colour(reference.rows[0].pixels(), reference.image_size)
+    images = np.concatenate([image, image[..., ::-1]])
+    together = session.run(None, {"image": images})[0]
+    singly = np.concatenate([session.run(None, {"image": each[None]})[0] for each in images])
+    if not np.linalg.norm(together - singly) <= 1e-2 * np.linalg.norm(singly):
+        raise ParityError(f"{name} makes something else of two images together than of each")
+
+
+def describe_encoder(path: Path) -> dict[str, Any]:
+    """Inputs and outputs of an ONNX encoder, read off the file."""
+    session: onnxruntime.InferenceSession = open_session(path)
+    return {
+        "format": "onnx",
+        "opset": OPSET,
+        "inputs": {
+            "image": {
+                "shape": session.get_inputs()[0].shape,
+                "dtype": "float32",
+                "range": [0, 255],
+                "values": "RGB; longest side resized to S, padded right and bottom with padding_colour",
+                "padding_colour": list(PIXEL_MEAN),
+            }
+        },
+        "outputs": {"image_embeddings": {"shape": session.get_outputs()[0].shape, "dtype": "float32"}},
+    }

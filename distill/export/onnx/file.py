@@ -1,0 +1,58 @@
+"""ONNX files: how every one of them is written and run."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+from distill.export.quiet import quietly
+
+OPSET = 20
+"""Of every file; the runtimes of phones, browsers and TensorRT know it."""
+
+TWO_GIGABYTES = 2**31
+"""What a protobuf, and so one ONNX file, may hold."""
+
+
+def onnx_model(module: nn.Module, example: tuple[torch.Tensor, ...], **options: Any) -> onnx.ModelProto:
+    """A module as an ONNX model, without what the exporter says and notes; `options` as for `torch.onnx.export`."""
+    with quietly("torch.onnx", "onnxscript", "onnx_ir"), torch.no_grad():
+        program = torch.onnx.export(module, example, dynamo=True, verbose=False, opset_version=OPSET, **options)
+    assert program is not None
+    model = without_traces(program.model_proto)
+    (opset,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset != OPSET:
+        raise RuntimeError(f"the exporter made opset {opset}, not {OPSET}")
+    return model
+
+
+def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Leave out where in the source each operator comes from: paths of this machine, and a third of a small file."""
+    for entry in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        entry.ClearField("metadata_props")
+        entry.ClearField("doc_string")
+    return model
+
+
+def open_session(
+    model: Path | bytes, provider: str = "CPUExecutionProvider", sizes: dict[str, int] | None = None, **options: Any
+) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session, which only reports errors.
+
+    Args:
+        model: the path of a file, or what would be in it.
+        provider: what runs it; what that cannot run goes to the CPU.
+        sizes: of dimensions that the file leaves open, by name.
+        options: `SessionOptions`' attributes.
+    """
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = 3
+    settings.intra_op_num_threads = torch.get_num_threads()
+    for name, value in options.items():
+        setattr(settings, name, value)
+    for name, size in (sizes or {}).items():
+        settings.add_free_dimension_override_by_name(name, size)
+    return onnxruntime.InferenceSession(model, settings, providers=[provider])

@@ -1,0 +1,48 @@
+"""Accelerate as the stages expect it: devices and processes are the launcher's, the rest is the recipe's."""
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from distill.recipe import Recipe
+from embeddings_cache.system import available_cores, processes_here
+from students import InputError
+
+
+def create_accelerator(recipe: Recipe) -> Accelerator:
+    """This process's part of the launch.
+
+    Raises:
+        InputError: the devices cannot do what the recipe's training asks for.
+    """
+    trains = recipe.stage in ("all", "train")
+    precision = recipe.train.mixed_precision if trains else "no"
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=recipe.train.accumulate,
+        log_with=list(recipe.train.trackers),
+        project_dir=recipe.run_dir,
+        # One process may wait for another's share of the teacher pass for hours; the default gives up after minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+    )
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("train.mixed_precision=fp16 needs a GPU; on a CPU take bf16 or no")
+    if recipe.train.batch_norm == "sync" and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
+        raise InputError("train.batch_norm=sync needs GPUs: PyTorch has none for CPUs; take local or frozen")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)
+    if launched not in ("no", precision) and trains:
+        accelerator.print(f"train.mixed_precision={precision} is the recipe's; the launcher's {launched} is not used")
+    return accelerator
+
+
+def use_all_cores(accelerator: Accelerator) -> None:
+    """On a CPU, share the cores among this machine's processes.
+
+    `accelerate launch` and `torchrun` set one thread a process unless OMP_NUM_THREADS says otherwise.
+    """
+    launched = {"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if accelerator.device.type == "cpu" and (threads is None or (launched and threads == "1")):
+        torch.set_num_threads(max(1, available_cores() // processes_here()))

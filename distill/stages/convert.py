@@ -1,0 +1,20 @@
+"""Convert: the student as a checkpoint that its family's publisher loads."""
+
+from collections.abc import Collection
+
+from accelerate import Accelerator
+
+from distill.export.handover import convert
+from distill.needs import need_decoder, need_student
+from distill.recipe import Recipe
+
+
+def check(recipe: Recipe, before: Collection[str]) -> None:
+    """A student, and a teacher whose decoder goes with it."""
+    need_decoder(recipe)
+    need_student(recipe, before)
+
+
+def run(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """`distill.export.handover`; always True."""
+    return convert(recipe, accelerator)

@@ -1,0 +1,34 @@
+"""Train: the student learns the cache."""
+
+import os
+from collections.abc import Collection
+
+from accelerate import Accelerator
+
+from distill.needs import need_own_cache, need_teacher
+from distill.recipe import Recipe
+from distill.run import open_cache, trained_student
+from distill.train import student_config, train
+from distill.training.metrics import check_trackers
+from distill.training.plan import check_batch, wants_masks
+from students import build_encoder
+
+
+def check(recipe: Recipe, before: Collection[str]) -> None:
+    """A cache of this recipe's and, unless the student is there, all that it takes to train one."""
+    need_own_cache(recipe)
+    if trained_student(recipe).exists():
+        return
+    check_batch(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    check_trackers(recipe)
+    if wants_masks(recipe):
+        need_teacher(recipe)
+    pretrained = recipe.student.pretrained
+    build_encoder(student_config(recipe), pretrained if isinstance(pretrained, str) else False)
+    if "precompute" not in before:
+        open_cache(recipe, partly=recipe.cache.per_node)
+
+
+def run(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """`distill.train`; returns False where the student was there."""
+    return train(recipe, accelerator)

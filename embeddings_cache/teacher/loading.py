@@ -1,0 +1,77 @@
+"""The teacher: any SAM whose embeddings a student shall learn."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from segment_anything.modeling import ImageEncoderViT, Sam
+from torch import nn
+
+from embeddings_cache.teacher.toy import load_toy_teacher
+from embeddings_cache.teacher.vit import fuse_attention
+from students import InputError, architecture_of, known_architectures, load_checkpoint
+
+SAM_IMAGE_SIZE = 1024
+
+
+def known_teachers() -> list[str]:
+    """All that a checkpoint may hold; `student`, one of ours, which has no decoder; and `toy`, without checkpoint."""
+    return [*known_architectures(), "student", "toy"]
+
+
+def check_teacher(name: str, checkpoint: str | None, image_size: int) -> None:
+    """Refuse what `load_teacher` cannot load, without loading it.
+
+    Raises:
+        InputError: no checkpoint, or an image size that the teacher cannot work at.
+    """
+    if name == "toy":
+        if checkpoint is not None:
+            raise InputError(f"teacher.name=toy takes no teacher.checkpoint; got {checkpoint}")
+        if image_size % 16:
+            raise InputError(f"image_size={image_size} is not a multiple of 16")
+        return
+    if name != "student" and image_size != SAM_IMAGE_SIZE:
+        raise InputError(f"teacher {name} works at image_size={SAM_IMAGE_SIZE}, not {image_size}")
+    if checkpoint is None:
+        raise InputError(f"teacher {name} needs its weights: teacher.checkpoint=FILE")
+    if not Path(checkpoint).is_file():
+        raise InputError(f"teacher.checkpoint={checkpoint}: no such file")
+
+
+def load_teacher(name: str, checkpoint: str | None, image_size: int) -> Sam:
+    """Build a teacher and load its weights.
+
+    Args:
+        name: one of `known_teachers()`; a fine-tuned SAM goes by the name of its architecture.
+        checkpoint: anything that `load_checkpoint` loads.
+        image_size: side of the square input in pixels.
+
+    Returns:
+        `Sam` in eval mode on the CPU, without gradients, a ViT with fused attention (`fuse_attention`).
+
+    Raises:
+        InputError: the checkpoint is missing, unreadable, or another architecture's.
+    """
+    check_teacher(name, checkpoint, image_size)
+    if checkpoint is None:
+        with torch.random.fork_rng(devices=[]):
+            sam = load_toy_teacher(image_size)
+    else:
+        if (found := architecture_of(Path(checkpoint))) != name:
+            raise InputError(f"{checkpoint} holds a {found}, not a {name}: teacher.name={found} takes it")
+        sam = load_checkpoint(Path(checkpoint))
+        if sam.image_encoder.img_size != image_size:
+            raise InputError(f"{checkpoint} works at image_size={sam.image_encoder.img_size}, not {image_size}")
+    if isinstance(sam.image_encoder, ImageEncoderViT):
+        fuse_attention(sam.image_encoder)
+    return sam.eval().requires_grad_(False)
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 over the state dict's names, types and values; the container it came in does not matter."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

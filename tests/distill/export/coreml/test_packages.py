@@ -1,0 +1,191 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from segment_anything import SamPredictor
+
+from distill.export.coreml import encoder as coreml
+from distill.export.coreml.conversion import compress, convert_decoder, convert_encoder
+from distill.export.coreml.decoder import export_coreml_decoder
+from distill.export.coreml.encoder import PADDING_COLOUR, export_coreml_encoder, pad_with_rounded_mean
+from distill.export.coreml.origin import Origin
+from distill.export.coreml.program import MilProgram
+from distill.export.decoder import PromptDecoder
+from distill.export.encoder import RgbEncoder
+from distill.export.prompts import points_of
+from distill.export.proof import Bounds, ParityError
+from embeddings_cache.images.preprocessing import PIXEL_MEAN, resize_longest_side
+from embeddings_cache.images.scenes import generate_scene
+from exports import reference, small_student, toy
+from students import build_student_sam
+
+ct = pytest.importorskip("coremltools")
+FLOAT16, FLOAT32 = 10, 11
+"""As MIL's protobuf counts types."""
+ORIGIN = Origin("repvit_m0_9", "toy", "quickstart")
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def specification(package: Path) -> object:
+    return ct.models.MLModel(str(package), skip_model_load=True).get_spec()
+
+
+@pytest.mark.parametrize(
+    ("name", "downsample"),
+    [
+        ("repvit_m0_9", "stride1"),
+        pytest.param("tiny_vit_5m", "stride1", marks=pytest.mark.slow),
+        pytest.param("repvit_m0_9", "fuse", marks=pytest.mark.slow),
+        pytest.param("tiny_vit_5m", "fuse", marks=pytest.mark.slow),
+    ],
+)
+def test_a_package_makes_the_predictors_embedding(name: str, downsample: str, tmp_path: Path) -> None:
+    """From a photograph to the embedding: SamPredictor's way, and a pixel buffer through the saved package."""
+    encoder, package = small_student(name, downsample), tmp_path / "Encoder.mlpackage"
+    described = export_coreml_encoder(convert_encoder(RgbEncoder(encoder).eval()), reference(encoder), package, ORIGIN)
+    predictor, program = SamPredictor(build_student_sam(encoder, toy())), MilProgram(package)
+    for height, width in ((150, 150), (190, 60), (3, 150)):
+        image = generate_scene(np.random.default_rng(1), 300)[0][:height, :width]
+        predictor.set_image(image)
+        buffer = pad_with_rounded_mean(resize_longest_side(image, 128), 128)
+        embedding = program({"image": buffer})["image_embeddings"]
+        assert relative_error(embedding, predictor.get_image_embedding().numpy()) < 1e-2
+    assert described["parity"]["relative_error"] < 1e-2
+    assert described["parity"]["relative_error_in_float32"] < described["parity"]["relative_error"]
+    assert described["parity"]["mask_miou"] >= 0.995
+    assert [path.name for path in tmp_path.iterdir()] == ["Encoder.mlpackage"]
+
+
+@pytest.mark.slow
+def test_an_app_passes_a_pixel_buffer_and_can_read_what_it_has(tmp_path: Path) -> None:
+    encoder, package = small_student(), tmp_path / "Encoder.mlpackage"
+    export_coreml_encoder(convert_encoder(RgbEncoder(encoder).eval()), reference(encoder), package, ORIGIN)
+    description = specification(package).description
+    (image,), (embedding,) = description.input, description.output
+    assert (image.name, embedding.name) == ("image", "image_embeddings")
+    kind = image.type.imageType
+    assert (kind.width, kind.height, kind.ColorSpace.Name(kind.colorSpace)) == (128, 128, "RGB")
+    assert image.shortDescription
+    assert embedding.shortDescription
+    metadata = description.metadata
+    assert metadata.license == "Apache-2.0"
+    assert metadata.versionString
+    assert {"student": "repvit_m0_9", "teacher": "toy"}.items() <= dict(metadata.userDefined).items()
+    assert specification(package).specificationVersion == ct.target.iOS16.value
+
+
+def test_padding_is_the_mean_colour_as_near_as_8_bits_come() -> None:
+    assert np.abs(np.subtract(PADDING_COLOUR, PIXEL_MEAN)).max() <= 0.5
+    padded = pad_with_rounded_mean(np.zeros((64, 128, 3), np.uint8), 128)
+    assert (padded[0, :, 64:] == np.array(PADDING_COLOUR)[:, None, None]).all()
+    assert not padded[0, :, :64].any()
+
+
+@pytest.mark.slow
+def test_compressed_weights_take_less_and_are_compared_too(tmp_path: Path) -> None:
+    encoder = small_student("tiny_vit_5m")
+    converted, compared = convert_encoder(RgbEncoder(encoder).eval()), reference(encoder)
+    errors, sizes = [], []
+    for bits in (None, 8):
+        package = tmp_path / f"Encoder_{bits}.mlpackage"
+        parity = export_coreml_encoder(compress(converted, bits), compared, package, ORIGIN, bits)["parity"]
+        errors.append(parity["relative_error"])
+        sizes.append(sum(path.stat().st_size for path in package.rglob("weight.bin")))
+    assert sizes[1] < 0.6 * sizes[0]
+    assert errors[0] < errors[1] < 0.05
+
+
+@pytest.mark.slow
+def test_six_bits_are_a_palette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coreml, "COMPRESSED", Bounds(relative_error=0.2))  # drawn weights have no masks to keep
+    encoder, package = small_student(), tmp_path / "Encoder_6bit.mlpackage"
+    converted, compared = convert_encoder(RgbEncoder(encoder).eval()), reference(encoder)
+    export_coreml_encoder(compress(converted, 6), compared, package, ORIGIN, 6)
+    function = specification(package).mlProgram.functions["main"]
+    operations = {op.type for op in function.block_specializations[function.opset].operations}
+    assert "constexpr_lut_to_dense" in operations
+
+
+@pytest.mark.slow
+def test_a_package_that_is_wrong_is_not_kept(tmp_path: Path) -> None:
+    class Forgetful(RgbEncoder):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return self.encoder(image)
+
+    encoder = small_student()
+    with pytest.raises(ParityError, match=r"^Encoder\.mlpackage differs from PyTorch: relative error"):
+        export_coreml_encoder(
+            convert_encoder(Forgetful(encoder).eval()), reference(encoder), tmp_path / "Encoder.mlpackage", ORIGIN
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_earlier_package_gives_way_to_a_new_one(tmp_path: Path) -> None:
+    package = tmp_path / "Encoder.mlpackage"
+    package.mkdir()
+    (package / "old").touch()
+    encoder = small_student()
+    export_coreml_encoder(convert_encoder(RgbEncoder(encoder).eval()), reference(encoder), package, ORIGIN)
+    assert not (package / "old").exists()
+    assert (package / "Manifest.json").exists()
+
+
+def converted_decoder() -> object:
+    return convert_decoder(PromptDecoder(toy()).eval(), toy())
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    package = tmp_path_factory.mktemp("decoder") / "Decoder.mlpackage"
+    return package, export_coreml_decoder(converted_decoder(), reference(small_student()), package, ORIGIN)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+@pytest.mark.parametrize("with_box", [False, True])
+def test_a_decoder_takes_1_to_16_points_and_a_box(count: int, with_box: bool, decoder: tuple[Path, dict]) -> None:
+    predictor = SamPredictor(toy())
+    predictor.set_image(generate_scene(np.random.default_rng(2), 300)[0][:200])
+    rng = np.random.default_rng(count)
+    prompt = {"point_coords": rng.uniform(0, 200, (count, 2)), "point_labels": rng.integers(0, 2, count)}
+    if with_box:
+        prompt["box"] = np.array([20, 30, 150, 180])
+    coords, labels = points_of(predictor, prompt)
+    embedding = predictor.features.numpy().astype(np.float16)
+    found = MilProgram(decoder[0])({"image_embeddings": embedding, "point_coords": coords, "point_labels": labels})
+    _, iou, low_res = predictor.predict(**prompt, multimask_output=True)
+    assert relative_error(found["low_res_masks"][0, 1:], low_res) < 1e-2
+    np.testing.assert_allclose(found["iou_predictions"][0, 1:], iou, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_positions_are_computed_in_float32(decoder: tuple[Path, dict]) -> None:
+    """In float16 x = 1000.3 px is 1000.5, and its angle off by a hundredth."""
+    function = specification(decoder[0]).mlProgram.functions["main"]
+    operations = function.block_specializations[function.opset].operations
+    types = {op.type: op.outputs[0].type.tensorType.dataType for op in operations}
+    assert types["sin"] == types["cos"] == FLOAT32
+    assert types["softmax"] == FLOAT16
+    assert decoder[1]["parity"]["mask_miou"] >= decoder[1]["parity"]["allowed"]["mask_miou"] == 0.995
+
+
+@pytest.mark.slow
+def test_a_decoder_of_another_sam_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = reference(small_student())
+    embed = PromptDecoder.embed_points
+    monkeypatch.setattr(PromptDecoder, "embed_points", lambda self, coords, labels: embed(self, coords + 40, labels))
+    with pytest.raises(ParityError, match=r"^Decoder\.mlpackage differs from PyTorch"):
+        export_coreml_decoder(converted_decoder(), compared, tmp_path / "Decoder.mlpackage", ORIGIN)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_decoder_of_real_size_converts() -> None:
+    sam = toy(1024)
+    description = convert_decoder(PromptDecoder(sam).eval(), sam).get_spec().description
+    ranges = {entry.name: entry.type.multiArrayType.shapeRange.sizeRanges for entry in description.input}
+    assert [(each.lowerBound, each.upperBound) for each in ranges["point_coords"]] == [(1, 1), (1, 18), (2, 2)]

@@ -1,0 +1,277 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from accelerate import Accelerator
+
+from distill.export import subject
+from distill.export.encoder import pad_with_mean_colour
+from distill.export.files import digest
+from distill.export.folder import export
+from distill.export.onnx import encoder as onnx_encoder
+from distill.export.onnx import int8
+from distill.export.onnx.file import open_session
+from distill.export.proof import Bounds, ParityError
+from distill.main import main
+from distill.recipe import load_recipe
+from embeddings_cache.images.preprocessing import resize_longest_side
+from embeddings_cache.images.scenes import generate_scene
+from embeddings_cache.system.files import sha256
+from embeddings_cache.teacher.loading import load_teacher
+from exports import small_student
+from students import create_student, load_student, read_metadata, save_published, save_student
+from students.sam import untrained_sam
+from support import ROOT, TINY, Cli, places
+
+
+def picture() -> np.ndarray:
+    return resize_longest_side(generate_scene(np.random.default_rng(0), 300)[0][:120, :90], 128)
+
+
+def embed(path: Path) -> np.ndarray:
+    return open_session(path).run(None, {"image": pad_with_mean_colour(picture(), 128)})[0]
+
+
+def export_recipe(directory: Path, checkpoint: Path, *arguments: str):
+    return load_recipe([*TINY, *places(directory, "gone.tar"), "stage=export", f"checkpoint={checkpoint}", *arguments])
+
+
+def test_manifest_describes_the_files(finished_run: Path) -> None:
+    directory = finished_run / "run" / "export"
+    manifest = json.loads((directory / "manifest.json").read_text())
+    student = load_student(finished_run / "run" / "student.safetensors")
+    assert manifest["student"] == {
+        "name": "repvit_m0_9",
+        "image_size": 128,
+        "embed_dim": 128,
+        "parameters": sum(parameter.numel() for parameter in student.parameters()),
+    }
+    assert (manifest["teacher"], manifest["recipe"]) == ("toy", "quickstart")
+    assert manifest["versions"]["onnxruntime"] == onnxruntime.__version__
+    assert set(manifest["files"]) == {"encoder.onnx"}
+    entry = manifest["files"]["encoder.onnx"]
+    assert entry["sha256"] == sha256(directory / "encoder.onnx")
+    assert entry["bytes"] == (directory / "encoder.onnx").stat().st_size
+    assert entry["inputs"]["image"]["padding_colour"] == [123.675, 116.28, 103.53]
+    assert entry["inputs"]["image"]["range"] == [0, 255]
+    assert entry["parity"]["max_difference"] <= entry["parity"]["allowed"]["max_difference"]
+    assert entry["parity"]["mask_miou"] >= entry["parity"]["allowed"]["mask_miou"]
+
+
+def test_any_student_can_be_exported_without_its_cache(
+    finished_run: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    checkpoint = finished_run / "run" / "student.safetensors"
+    recipe = export_recipe(tmp_path, checkpoint)
+    export(recipe, accelerator)
+    path = tmp_path / "run" / "export" / "encoder.onnx"
+    preprocessed = load_teacher("toy", None, 128).preprocess(torch.from_numpy(picture()).permute(2, 0, 1))[None]
+    expected = load_student(checkpoint)(preprocessed).detach().numpy()
+    np.testing.assert_allclose(embed(path), expected, atol=1e-4)
+
+    path.unlink()
+    export(recipe, accelerator)  # a file that was removed is made again
+    assert path.exists()
+    before = path.stat().st_mtime_ns
+    export(replace(recipe, train=replace(recipe.train, epochs=99)), accelerator)  # does not concern the export
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_student_of_another_size_takes_a_decoder_of_its_own_size(
+    finished_run: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    save_student(tmp_path / "s.safetensors", small_student(image_size=192), {})
+    recipe = load_recipe([*TINY, *places(finished_run, "gone.tar"), "stage=export"])
+    recipe = replace(recipe, run_dir=str(tmp_path / "run"), checkpoint=str(tmp_path / "s.safetensors"))
+    export(recipe, accelerator)
+    manifest = json.loads((tmp_path / "run" / "export" / "manifest.json").read_text())
+    assert manifest["files"]["encoder.onnx"]["inputs"]["image"]["shape"] == [1, 3, 192, 192]
+
+
+def test_a_checkpoint_alone_is_enough(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
+    """Its recipe is in its metadata; results go where the command runs."""
+    metadata = read_metadata(finished_run / "run" / "student.safetensors")
+    save_student(tmp_path / "mine.safetensors", small_student(), {**metadata, "steps": "80"})
+    formats = "export.formats=onnx,onnx_fp16"
+    result = cli("stage=export", "checkpoint=mine.safetensors", formats, "export.images=1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    directory = tmp_path / "runs" / "mine" / "export"
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert list(manifest["files"]) == ["encoder.onnx", "encoder_fp16.onnx"]
+    assert manifest["files"]["encoder.onnx"]["parity"]["images"] == 1
+    parity = manifest["files"]["encoder.onnx"]["parity"]
+    assert parity["mask_miou"] == 1.0
+    assert parity["empty_masks"] < parity["masks"] / 2
+    assert (parity["images_from"], manifest["recipe"]) == (
+        "held-out images of " + str(finished_run / "cache"),
+        "quickstart",
+    )
+    assert (directory / "README.md").read_text().startswith("# repvit_m0_9")
+
+
+@pytest.mark.slow
+def test_every_format_of_a_publishers_checkpoint(tmp_path: Path, cli: Cli) -> None:
+    """In the layout of edge_sam.pth, which brings its own decoder, at 1024 px."""
+    student = create_student("repvit_m1_0", downsample="fuse").eval()
+    torch.manual_seed(0)
+    sam = untrained_sam(student).eval()
+    save_published(tmp_path / "edge_sam.pth", student, sam)
+    result = cli(
+        "stage=export",
+        "checkpoint=edge_sam.pth",
+        "export.formats=[onnx, onnx_decoder, cvat, coreml]",
+        "export.images=1",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    directory = tmp_path / "runs" / "edge_sam" / "export"
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert manifest["student"]["name"] == manifest["teacher"] == "repvit_m1_0-fuse"
+    for name, entry in manifest["files"].items():
+        assert entry["sha256"] == digest(directory / name)
+    sums = "cd Encoder.mlpackage && find . -type f | LC_ALL=C sort | xargs sha256sum | sha256sum"
+    printed = subprocess.run(sums, shell=True, cwd=directory, capture_output=True, text=True, check=True).stdout
+    assert printed.split()[0] == manifest["files"]["Encoder.mlpackage"]["sha256"]
+
+
+@pytest.mark.slow
+def test_a_file_that_fails_is_named_and_the_others_are_there(
+    finished_run: Path, tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(int8, "INT8", Bounds(relative_error=1e-9))
+    checkpoint = finished_run / "run" / "student.safetensors"
+    recipe = export_recipe(tmp_path, checkpoint, "export.formats=[onnx, onnx_int8]", "export.images=1")
+    with pytest.raises(ParityError, match=r"encoder_int8\.onnx differs from PyTorch: relative error 0\.0\d+, allowed"):
+        export(recipe, accelerator)
+    directory = tmp_path / "run" / "export"
+    assert sorted(path.name for path in directory.iterdir()) == ["README.md", "encoder.onnx", "manifest.json"]
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert "encoder_int8.onnx" in manifest["failures"][0]
+    monkeypatch.undo()
+    monkeypatch.setattr(int8, "INT8", Bounds())
+    export(recipe, accelerator)  # not current: tries again
+    assert (directory / "encoder_int8.onnx").exists()
+    assert "failures" not in json.loads((directory / "manifest.json").read_text())
+
+
+@pytest.mark.slow
+def test_other_formats_are_added_to_what_is_there_and_leftovers_go(
+    finished_run: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    checkpoint, directory = finished_run / "run" / "student.safetensors", tmp_path / "run" / "export"
+    export(export_recipe(tmp_path, checkpoint), accelerator)
+    before = (directory / "encoder.onnx").stat().st_mtime_ns
+    (directory / ".tmp-4711-encoder.onnx").touch()  # as kill -9 leaves them
+    (directory / ".tmp-Encoder.mlpackage").mkdir()
+    export(export_recipe(tmp_path, checkpoint, "export.formats=[onnx_fp16]"), accelerator)
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "README.md", "encoder.onnx", "encoder_fp16.onnx", "manifest.json",
+    ]  # fmt: skip
+    assert (directory / "encoder.onnx").stat().st_mtime_ns == before
+    assert set(json.loads((directory / "manifest.json").read_text())["files"]) == {"encoder.onnx", "encoder_fp16.onnx"}
+
+
+def test_a_run_whose_student_was_not_trained_goes_on_to_its_report(
+    finished_run: Path, tmp_path: Path, accelerator: Accelerator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_student(tmp_path / "s.safetensors", small_student(), {"steps": "0"})
+    recipe = replace(export_recipe(tmp_path, tmp_path / "s.safetensors"), stage="all")
+    assert export(recipe, accelerator) is False
+    assert "the student was not trained" in capsys.readouterr().out
+
+
+def test_the_exit_code_of_an_export_that_is_wrong_is_1(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(onnx_encoder, "FLOAT32", Bounds(max_difference=0.0))
+    checkpoint = f"checkpoint={finished_run / 'run' / 'student.safetensors'}"
+    assert main([*TINY, *places(tmp_path, "gone.tar"), "stage=export", checkpoint]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("distill.py: encoder.onnx differs from PyTorch: by ")
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_what_an_earlier_student_left_goes_first(finished_run: Path, tmp_path: Path, accelerator: Accelerator) -> None:
+    directory = tmp_path / "run" / "export"
+    (directory / "Encoder.mlpackage").mkdir(parents=True)
+    (directory / "decoder.onnx").touch()
+    (directory / "repvit_sam.pt").touch()  # of stage=convert
+    export(export_recipe(tmp_path, finished_run / "run" / "student.safetensors"), accelerator)
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "README.md", "encoder.onnx", "manifest.json", "repvit_sam.pt",
+    ]  # fmt: skip
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What `distill.py stage=export` says: one line, exit code 2."""
+    assert main(["stage=export", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    return said
+
+
+def test_bad_input_is_one_line(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = finished_run / "run" / "student.safetensors"
+    assert "onnx_fp61 is not known; did you mean 'onnx_fp16'?" in refused(
+        capsys, f"checkpoint={good}", "export.formats=[onnx_fp61]"
+    )
+    assert "no student at gone.safetensors" in refused(capsys, "checkpoint=gone.safetensors")
+    half = tmp_path / "half.safetensors"
+    half.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+    assert "half.safetensors is not a readable safetensors file" in refused(capsys, f"checkpoint={half}")
+    halved = tmp_path / "half.pt"
+    torch.save({"a": torch.zeros(9)}, halved)
+    halved.write_bytes(halved.read_bytes()[:200])
+    assert "half.pt" in refused(capsys, f"checkpoint={halved}")
+    save_student(tmp_path / "untrained.safetensors", small_student(), {"steps": "0"})
+    said = refused(capsys, *TINY, *places(tmp_path, "gone.tar"), "checkpoint=untrained.safetensors")
+    assert "untrained.safetensors was not trained" in said
+    save_student(tmp_path / "odd.safetensors", small_student(), {"recipe": "a: ["})
+    assert "odd.safetensors is not valid YAML" in refused(capsys, "checkpoint=odd.safetensors")
+    save_student(tmp_path / "odd.safetensors", small_student(), {"recipe": "data: null"})
+    assert "data is None" in refused(capsys, "checkpoint=odd.safetensors")
+    assert "export.formats=[] names no file to make" in refused(capsys, f"checkpoint={good}", "export.formats=[]")
+    other = create_student("repvit_m0_9", 128, 64, widths=[8, 16, 24, 32], depths=[1, 1, 1, 1])
+    save_student(tmp_path / "narrow.safetensors", other, {})
+    said = refused(capsys, *TINY, *places(tmp_path, "gone.tar"), "checkpoint=narrow.safetensors")
+    assert "the encoder makes 64 channels, the decoder takes 128" in said
+
+
+def test_a_decoder_needs_the_teachers_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_student(tmp_path / "s.safetensors", small_student(), {})
+    asked = ["recipe=repvit_m2_3", f"run_dir={tmp_path / 'run'}", "checkpoint=s.safetensors"]
+    said = refused(capsys, *asked, "export.formats=[onnx, cvat, onnx_int8]")
+    assert "onnx_int8, cvat needs the teacher's mask decoder: checkpoints/sam_vit_h_4b8939.pth is not there" in said
+    assert main(["stage=export", *asked, "export.formats=[onnx]"]) == 0  # embeddings alone are compared
+    manifest = json.loads((tmp_path / "run" / "export" / "manifest.json").read_text())
+    assert manifest["files"]["encoder.onnx"]["parity"]["mask_miou"] is None
+
+
+def test_without_coremltools_the_formats_that_need_it_are_named(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subject, "find_spec", lambda name: None)
+    said = refused(capsys, f"checkpoint={finished_run / 'run' / 'student.safetensors'}", "export.formats=[all]")
+    assert "export.formats: coreml, coreml_8bit, coreml_6bit needs coremltools, which is not installed" in said
+
+
+@pytest.mark.slow
+def test_nothing_of_coremltools_is_loaded_until_it_is_needed() -> None:
+    """There is none for Windows, and it takes seconds."""
+    code = "import sys, distill.main; sys.exit(any(name.startswith('coremltools') for name in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,147 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from segment_anything import SamPredictor, sam_model_registry
+
+from embeddings_cache.images.preprocessing import pad_pixels, resize_longest_side, to_encoder_input
+from embeddings_cache.images.scenes import generate_scene
+from embeddings_cache.precompute import cache_identity
+from embeddings_cache.teacher.encoder import TeacherEncoder
+from embeddings_cache.teacher.loading import check_teacher, load_teacher, weights_sha256
+from students import InputError, create_student, save_student
+
+
+def test_toy_teacher_is_the_same_every_time_and_leaves_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    digest = weights_sha256(load_teacher("toy", None, 128))
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(2)
+    assert weights_sha256(load_teacher("toy", None, 128)) == digest
+
+
+def test_encode_agrees_with_sam_predictor() -> None:
+    sam = load_teacher("toy", None, 128)
+    images = [generate_scene(np.random.default_rng(seed), 150)[0] for seed in range(3)]
+    pictures = [resize_longest_side(image, 128) for image in images]
+    batch = TeacherEncoder(sam, torch.device("cpu"))(
+        torch.stack([pad_pixels(picture, 128) for picture in pictures]),
+        torch.tensor([picture.shape[:2] for picture in pictures]),
+    )
+    predictor = SamPredictor(sam)
+    for image, embedding in zip(images, batch, strict=True):
+        predictor.set_image(image)
+        torch.testing.assert_close(embedding[None], predictor.get_image_embedding(), atol=1e-5, rtol=0)
+
+
+def test_digest_is_of_the_weights_alone(tmp_path: Path) -> None:
+    sam = load_teacher("toy", None, 128)
+    digest = weights_sha256(sam)
+    with torch.no_grad():
+        sam.mask_decoder.iou_token.weight[0, 0] += 1e-6
+    assert weights_sha256(sam) != digest
+
+
+@pytest.fixture(scope="module")
+def vit_b_state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return sam_model_registry["vit_b"]().state_dict()
+
+
+@pytest.mark.parametrize("wrap", ["bare", "model", "ddp"])
+def test_checkpoints_in_segment_anythings_layout_load(
+    wrap: str, vit_b_state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    content: dict = vit_b_state
+    if wrap == "model":
+        content = {"model": vit_b_state, "epoch": 3}
+    if wrap == "ddp":
+        content = {f"module.{name}": tensor for name, tensor in vit_b_state.items()}
+    torch.save(content, tmp_path / "sam.pth")
+    before = torch.random.get_rng_state()
+    sam = load_teacher("vit_b", str(tmp_path / "sam.pth"), 1024)
+    assert torch.equal(torch.random.get_rng_state(), before)  # what training draws does not depend on it
+    assert all(torch.equal(tensor, vit_b_state[name]) for name, tensor in sam.state_dict().items())
+    assert not sam.training
+    assert not any(parameter.requires_grad for parameter in sam.parameters())
+
+
+def test_another_architectures_checkpoint_is_refused(tmp_path: Path) -> None:
+    torch.save(load_teacher("toy", None, 128).state_dict(), tmp_path / "toy.pth")
+    with pytest.raises(InputError, match=r"toy\.pth looks most like vit_b, but: 100 missing \(.*; 20 surplus"):
+        load_teacher("vit_b", str(tmp_path / "toy.pth"), 1024)
+
+
+def test_a_checkpoint_of_another_name_is_refused(vit_b_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    torch.save(vit_b_state, tmp_path / "sam.pth")
+    with pytest.raises(InputError, match=r"sam\.pth holds a vit_b, not a vit_h: teacher\.name=vit_b takes it"):
+        load_teacher("vit_h", str(tmp_path / "sam.pth"), 1024)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "largest"), [("tiny_vit_5m", "float32", 1e-5), ("repvit_m1", "bfloat16", 0.05)]
+)
+def test_a_student_teaches(name: str, dtype: str, largest: float, tmp_path: Path) -> None:
+    """Fused, and at a precision: also one whose embedding comes from two stages."""
+    student = create_student(name, 128, 64, downsample="fuse").eval()
+    save_student(tmp_path / "student.safetensors", student, {})
+    sam = load_teacher("student", str(tmp_path / "student.safetensors"), 128)
+    assert cache_identity(
+        sam, "student", teacher_dtype=dtype, dtype="float16", jpeg_quality=95, images="x", fraction=1.0
+    ).embedding_shape == (64, 8, 8)
+    pixels, sizes = torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8), torch.tensor([[128, 128]] * 2)
+    found = TeacherEncoder(sam, torch.device("cpu"), dtype)(pixels, sizes)
+    with torch.no_grad():
+        expected = student(to_encoder_input(pixels, sizes))
+    assert (found - expected).norm() / expected.norm() < largest
+    with pytest.raises(InputError, match=r"student\.safetensors works at image_size=128, not 256"):
+        load_teacher("student", str(tmp_path / "student.safetensors"), 256)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    torch.save({"model": Bomb(tmp_path / "ran")}, tmp_path / "evil.pth")
+    with pytest.raises(InputError, match="holds more than tensors: not loaded"):
+        load_teacher("vit_b", str(tmp_path / "evil.pth"), 1024)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>404</html>", b"PK\x03\x04 not a zip", b"hello world", b"error: not found"]
+)
+def test_what_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.pth is not a checkpoint"):
+        load_teacher("vit_b", str(tmp_path / "x.pth"), 1024)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {1: torch.zeros(3)}, {"weight": 3}])
+def test_other_contents_are_no_state_dict(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(InputError, match="holds no state dict"):
+        load_teacher("vit_b", str(tmp_path / "x.pth"), 1024)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("vit_h", None, 1024), r"teacher vit_h needs its weights: teacher\.checkpoint=FILE"),
+        (("vit_h", "nowhere.pth", 1024), r"teacher\.checkpoint=nowhere\.pth: no such file"),
+        (("vit_b", "nowhere.pth", 512), "works at image_size=1024"),
+        (("toy", "x.pth", 256), "takes no teacher.checkpoint"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_beforehand(arguments: tuple, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_teacher(*arguments)
