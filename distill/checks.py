@@ -8,7 +8,7 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from omegaconf import OmegaConf
 
-from distill.schema import BATCH_NORMS, FORMATS, IMAGES, LOSSES, ON_REQUEST, STAGES, Recipe, numbers
+from distill.schema import BATCH_NORMS, FORMATS, IMAGES, LOSSES, ON_REQUEST, STAGES, TASKS, Recipe, numbers
 from embeddings_cache.images import scene_count
 from embeddings_cache.shards import DTYPES
 from embeddings_cache.teacher import TEACHER_DTYPES, known_teachers
@@ -23,7 +23,7 @@ CHOICES: dict[str, Callable[[], Sequence[str]]] = {
     "cache.dtype": lambda: DTYPES,
     "train.mixed_precision": lambda: ("no", "bf16", "fp16"),
     "train.batch_norm": lambda: BATCH_NORMS,
-    "evaluate.task": lambda: ("masks",),
+    "evaluate.task": lambda: TASKS,
 }
 CHOICES_OF_EACH: dict[str, Callable[[], Sequence[str]]] = {
     "export.formats": lambda: (*FORMATS, "all"),

@@ -17,6 +17,9 @@ ON_REQUEST = ("verify", "predict", "convert")
 LOSSES = ("mse", "cosine", "mask")
 """What `train.loss` weighs; `losses.py` says what each is."""
 
+TASKS = ("masks",)
+"""What `evaluate.task` names; `stages/evaluate.py` has a function for each."""
+
 BATCH_NORMS = ("local", "sync", "frozen")
 """What batch norms normalise by while a student is trained."""
 
@@ -150,7 +153,7 @@ class VerifyRecipe:
 @dataclass
 class Recipe:
     name: str = ""  # the recipe's name; from its file
-    stage: str = "all"  # all, or one of precompute, train, evaluate, export, report; or verify, predict, convert
+    stage: str = "all"  # all, or one of the stages above
     seed: int = 0  # of weights and of the order of images
     image_size: int = 1024  # side of the square input in pixels
     run_dir: str = "runs/${name}"  # where results go

@@ -26,17 +26,25 @@ from students.imagenet import load_from_file, refuse_without_network
 STRIDE = 16
 """Image pixels per embedding cell, along each side; what SAM's prompt encoder and decoder expect."""
 
-FAMILIES = {"repvit": RepVit, "tiny_vit": TinyVit}
-STEMS = {"repvit": "stem", "tiny_vit": "patch_embed"}
-
 DOWNSAMPLES = ("stride1", "fuse")
 """stride1: the last downsampling has stride 1. fuse: the last stage is at stride 32, and added to the one before."""
 
-NUMBERS = {
-    "repvit": {"widths": "embed_dim", "depths": "depth"},
-    "tiny_vit": {"widths": "embed_dims", "depths": "depths"},
+
+@dataclass(frozen=True)
+class Family:
+    """Backbones of one timm class: what it calls its stem, and the numbers that a recipe changes most."""
+
+    model: type[nn.Module]
+    stem: str
+    widths: str
+    depths: str
+
+
+FAMILIES = {
+    "repvit": Family(RepVit, stem="stem", widths="embed_dim", depths="depth"),
+    "tiny_vit": Family(TinyVit, stem="patch_embed", widths="embed_dims", depths="depths"),
 }
-"""What each timm family calls the numbers that a recipe changes most, under one name of ours."""
+"""By what their names begin with."""
 
 NOT_OURS = {"self", "num_classes", "in_chans", "global_pool", "distillation", "device", "dtype"}
 """Arguments of timm's models that a student leaves alone."""
@@ -87,7 +95,7 @@ class StudentEncoder(nn.Module):
         if self.config.downsample == "stride1":
             return self.backbone.forward_features(x)  # type: ignore[operator]
         stages: Any = self.backbone.stages
-        x = getattr(self.backbone, STEMS[_family(self.config.name)])(x)
+        x = getattr(self.backbone, _family(self.config.name).stem)(x)
         for stage in stages[:-1]:
             x = stage(x)
         return self.fuse(x, stages[-1](x))
@@ -205,12 +213,13 @@ def _backbone(config: StudentConfig, pretrained: bool | str | Path) -> nn.Module
 def _timm_arguments(config: StudentConfig) -> dict[str, Any]:
     """Overrides as timm's model takes them; only the model's own numbers, for they may come from a stranger's file."""
     family = _family(config.name)
-    known = set(inspect.signature(FAMILIES[family]).parameters) - NOT_OURS
+    numbers = {"widths": family.widths, "depths": family.depths}
+    known = set(inspect.signature(family.model).parameters) - NOT_OURS
     arguments = {}
     for key, value in config.overrides.items():
-        name = NUMBERS[family].get(key, key)
+        name = numbers.get(key, key)
         if name not in known:
-            ours = ", ".join(sorted(known - set(NUMBERS[family].values()) | set(NUMBERS[family])))
+            ours = ", ".join(sorted(known - set(numbers.values()) | set(numbers)))
             raise InputError(f"student {config.name!r} has no {key!r} to override; it has {ours}")
         # timm's models take tuples; YAML and JSON give lists.
         arguments[name] = tuple(value) if isinstance(value, list) else value
@@ -224,5 +233,5 @@ def _forget_biases(student: nn.Module, *_: Any) -> None:
             vars(module)["attention_bias_cache"] = {}
 
 
-def _family(name: str) -> str:
-    return next(family for family in FAMILIES if name.startswith(family))
+def _family(name: str) -> Family:
+    return next(family for start, family in FAMILIES.items() if name.startswith(start))

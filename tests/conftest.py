@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,17 @@ import torch
 from accelerate import Accelerator
 
 from embeddings_cache.images.scenes import write_scene_tar
+from heartbeat import heartbeat
 from support import IMAGES, ROOT, TINY, Cli, places
 
 os.environ["ACCELERATE_USE_CPU"] = "true"  # as CI; also for the processes that tests start
 torch.set_num_threads(1)  # the models here are so small that threads would only wait for each other
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with heartbeat(item.nodeid):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,9 @@ from distill.evaluate.masks import evaluate_masks
 from distill.needs import need_decoder, need_images, need_student
 from distill.recipe import Recipe
 
+EVALUATIONS = {"masks": evaluate_masks}
+"""By `evaluate.task`, one of `schema.TASKS`."""
+
 
 def check(recipe: Recipe, before: Collection[str]) -> None:
     """A student, a teacher with a decoder, and the images of `evaluate.data`."""
@@ -19,8 +22,4 @@ def check(recipe: Recipe, before: Collection[str]) -> None:
 
 def run(recipe: Recipe, accelerator: Accelerator) -> bool:
     """Do the recipe's task; returns False where its result was there."""
-    return TASKS[recipe.evaluate.task](recipe, accelerator)
-
-
-TASKS = {"masks": evaluate_masks}
-"""By `evaluate.task`."""
+    return EVALUATIONS[recipe.evaluate.task](recipe, accelerator)
