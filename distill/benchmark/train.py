@@ -1,7 +1,7 @@
 """A training step: precisions, memory formats and compilation against each other, and the cache against memory."""
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -38,6 +38,7 @@ KEPT, ENDLESS = 2, 1_000_000
 class TrainBenchmark:
     name: str = "repvit_m0_9"  # the student
     downsample: str = "stride1"  # stride1 or fuse
+    overrides: dict[str, Any] = field(default_factory=dict)  # its widths, depths, ..., as student.overrides
     image_size: int = 1024  # side of the square input in pixels
     batch_size: int = 2  # images a step
     precisions: str = "float32,bfloat16"  # after commas; the convolutions and products of the forward pass
@@ -76,6 +77,7 @@ def benchmark_train(settings: TrainBenchmark) -> dict[str, Any]:
             raise InputError(f"{key}={unknown[0]} is not known{nearest(unknown[0], known)}")
     if settings.image_size % 64 or settings.rows < settings.batch_size:
         raise InputError("image_size is a multiple of 64, and rows are at least batch_size")
+    build_encoder(student_config(made_up_recipe(settings)))  # before a cache is made: it may refuse the overrides
     device = pick_device(settings.device)
     variants = [
         Variant(precision, channels_last, compiled)
@@ -215,7 +217,7 @@ def made_up_recipe(settings: TrainBenchmark) -> Recipe:
     """The recipe that would train this student."""
     return Recipe(
         image_size=settings.image_size,
-        student=StudentRecipe(name=settings.name, downsample=settings.downsample),
+        student=StudentRecipe(settings.name, settings.downsample, overrides=dict(settings.overrides)),
         cache=CacheRecipe(dir=""),
         train=TrainRecipe(batch_size=settings.batch_size, workers=settings.workers),
     )

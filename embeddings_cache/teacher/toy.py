@@ -1,7 +1,7 @@
 """A small SAM that segments generated scenes: a teacher that comes with the package.
 
-segment-anything's own classes with few channels, trained on `embeddings_cache.scenes` by `recipes/toy_teacher.py`. It
-knows those scenes and nothing else; on photographs its masks are poor.
+segment-anything's own classes with few channels, trained on `embeddings_cache.images.scenes` by
+`recipes/toy_teacher.py`. It knows those scenes and nothing else; on photographs its masks are poor.
 """
 
 from functools import partial

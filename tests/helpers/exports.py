@@ -5,11 +5,14 @@ from copy import deepcopy
 from functools import cache
 
 import numpy as np
+import onnx
 import torch
 from segment_anything.modeling import Sam
 from torch import nn
 from torch.nn.functional import mse_loss
 
+from distill.export.encoder import RgbEncoder
+from distill.export.onnx import encoder_model
 from distill.export.proof import Reference
 from embeddings_cache.images.preprocessing import pad_pixels, resize_longest_side, to_encoder_input
 from embeddings_cache.images.scenes import generate_scene, sa1b_annotation
@@ -60,6 +63,18 @@ def scene_row(seed: int, size: int = SIZE) -> CacheRow:
     return CacheRow(
         f"sa_{seed}", np.empty(0), encode_pixels(pixels, "png"), scene.shape[:2], pixels.shape[:2], annotation
     )
+
+
+@cache
+def reference_of(name: str = "repvit_m0_9", downsample: str = "stride1") -> Reference:
+    """What PyTorch makes of some scenes with a small student."""
+    return reference(small_student(name, downsample))
+
+
+@cache
+def onnx_of(name: str = "repvit_m0_9", downsample: str = "stride1") -> onnx.ModelProto:
+    """A small student as an ONNX model; not to be changed."""
+    return encoder_model(RgbEncoder(small_student(name, downsample)).eval())
 
 
 def reference(encoder: nn.Module, images: int = 2) -> Reference:

@@ -48,7 +48,7 @@ class MilProgram:
 
     Raises:
         InputError: coremltools is not installed, this is no ML Program, or it has operations, inputs of theirs or
-            values of them that `mil_ops` does not cover. They are named.
+            values of them that `operations` does not cover. They are named.
     """
 
     def __init__(self, package: Path, float16: bool = True) -> None:

@@ -293,7 +293,9 @@ def test_after_ctrl_c_there_is_what_was_finished(
 @pytest.mark.slow
 def test_compiled(tmp_path: Path) -> None:
     out = tmp_path / "b.json"
-    arguments = ["repvit_m0_9", "backends=eager,compiled", f"image_size={SIZE}", "launches=1", "rounds=1", f"out={out}"]
+    student = tmp_path / "student.safetensors"
+    save_student(student, create_student("repvit_m0_9", SIZE, widths=[8, 16, 24, 32], depths=[1, 1, 1, 1]), {})
+    arguments = [str(student), "backends=eager,compiled", f"image_size={SIZE}", "launches=1", "rounds=1", f"out={out}"]
     assert main(["students", *arguments]) == 0
     eager, compiled = json.loads(out.read_text())["students"]["rows"]
     assert compiled["reason"] is None

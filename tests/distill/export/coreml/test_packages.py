@@ -1,4 +1,6 @@
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +19,18 @@ from distill.export.prompts import points_of
 from distill.export.proof import Bounds, ParityError
 from embeddings_cache.images.preprocessing import PIXEL_MEAN, resize_longest_side
 from embeddings_cache.images.scenes import generate_scene
-from exports import reference, small_student, toy
+from exports import reference_of, small_student, toy
 from students import build_student_sam
 
 ct = pytest.importorskip("coremltools")
 FLOAT16, FLOAT32 = 10, 11
 """As MIL's protobuf counts types."""
 ORIGIN = Origin("repvit_m0_9", "toy", "quickstart")
+
+
+@cache
+def converted(name: str = "repvit_m0_9", downsample: str = "stride1") -> Any:
+    return convert_encoder(RgbEncoder(small_student(name, downsample)).eval())
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
@@ -46,7 +53,8 @@ def specification(package: Path) -> object:
 def test_a_package_makes_the_predictors_embedding(name: str, downsample: str, tmp_path: Path) -> None:
     """From a photograph to the embedding: SamPredictor's way, and a pixel buffer through the saved package."""
     encoder, package = small_student(name, downsample), tmp_path / "Encoder.mlpackage"
-    described = export_coreml_encoder(convert_encoder(RgbEncoder(encoder).eval()), reference(encoder), package, ORIGIN)
+    model, compared = converted(name, downsample), reference_of(name, downsample)
+    described = export_coreml_encoder(model, compared, package, ORIGIN)
     predictor, program = SamPredictor(build_student_sam(encoder, toy())), MilProgram(package)
     for height, width in ((150, 150), (190, 60), (3, 150)):
         image = generate_scene(np.random.default_rng(1), 300)[0][:height, :width]
@@ -62,8 +70,8 @@ def test_a_package_makes_the_predictors_embedding(name: str, downsample: str, tm
 
 @pytest.mark.slow
 def test_an_app_passes_a_pixel_buffer_and_can_read_what_it_has(tmp_path: Path) -> None:
-    encoder, package = small_student(), tmp_path / "Encoder.mlpackage"
-    export_coreml_encoder(convert_encoder(RgbEncoder(encoder).eval()), reference(encoder), package, ORIGIN)
+    package = tmp_path / "Encoder.mlpackage"
+    export_coreml_encoder(converted(), reference_of(), package, ORIGIN)
     description = specification(package).description
     (image,), (embedding,) = description.input, description.output
     assert (image.name, embedding.name) == ("image", "image_embeddings")
@@ -87,12 +95,11 @@ def test_padding_is_the_mean_colour_as_near_as_8_bits_come() -> None:
 
 @pytest.mark.slow
 def test_compressed_weights_take_less_and_are_compared_too(tmp_path: Path) -> None:
-    encoder = small_student("tiny_vit_5m")
-    converted, compared = convert_encoder(RgbEncoder(encoder).eval()), reference(encoder)
+    model, compared = converted("tiny_vit_5m"), reference_of("tiny_vit_5m")
     errors, sizes = [], []
     for bits in (None, 8):
         package = tmp_path / f"Encoder_{bits}.mlpackage"
-        parity = export_coreml_encoder(compress(converted, bits), compared, package, ORIGIN, bits)["parity"]
+        parity = export_coreml_encoder(compress(model, bits), compared, package, ORIGIN, bits)["parity"]
         errors.append(parity["relative_error"])
         sizes.append(sum(path.stat().st_size for path in package.rglob("weight.bin")))
     assert sizes[1] < 0.6 * sizes[0]
@@ -102,9 +109,8 @@ def test_compressed_weights_take_less_and_are_compared_too(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_six_bits_are_a_palette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coreml, "COMPRESSED", Bounds(relative_error=0.2))  # drawn weights have no masks to keep
-    encoder, package = small_student(), tmp_path / "Encoder_6bit.mlpackage"
-    converted, compared = convert_encoder(RgbEncoder(encoder).eval()), reference(encoder)
-    export_coreml_encoder(compress(converted, 6), compared, package, ORIGIN, 6)
+    package = tmp_path / "Encoder_6bit.mlpackage"
+    export_coreml_encoder(compress(converted(), 6), reference_of(), package, ORIGIN, 6)
     function = specification(package).mlProgram.functions["main"]
     operations = {op.type for op in function.block_specializations[function.opset].operations}
     assert "constexpr_lut_to_dense" in operations
@@ -119,7 +125,7 @@ def test_a_package_that_is_wrong_is_not_kept(tmp_path: Path) -> None:
     encoder = small_student()
     with pytest.raises(ParityError, match=r"^Encoder\.mlpackage differs from PyTorch: relative error"):
         export_coreml_encoder(
-            convert_encoder(Forgetful(encoder).eval()), reference(encoder), tmp_path / "Encoder.mlpackage", ORIGIN
+            convert_encoder(Forgetful(encoder).eval()), reference_of(), tmp_path / "Encoder.mlpackage", ORIGIN
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -129,8 +135,7 @@ def test_an_earlier_package_gives_way_to_a_new_one(tmp_path: Path) -> None:
     package = tmp_path / "Encoder.mlpackage"
     package.mkdir()
     (package / "old").touch()
-    encoder = small_student()
-    export_coreml_encoder(convert_encoder(RgbEncoder(encoder).eval()), reference(encoder), package, ORIGIN)
+    export_coreml_encoder(converted(), reference_of(), package, ORIGIN)
     assert not (package / "old").exists()
     assert (package / "Manifest.json").exists()
 
@@ -142,7 +147,7 @@ def converted_decoder() -> object:
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     package = tmp_path_factory.mktemp("decoder") / "Decoder.mlpackage"
-    return package, export_coreml_decoder(converted_decoder(), reference(small_student()), package, ORIGIN)
+    return package, export_coreml_decoder(converted_decoder(), reference_of(), package, ORIGIN)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
@@ -175,17 +180,9 @@ def test_positions_are_computed_in_float32(decoder: tuple[Path, dict]) -> None:
 
 @pytest.mark.slow
 def test_a_decoder_of_another_sam_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = reference(small_student())
+    compared = reference_of()
     embed = PromptDecoder.embed_points
     monkeypatch.setattr(PromptDecoder, "embed_points", lambda self, coords, labels: embed(self, coords + 40, labels))
     with pytest.raises(ParityError, match=r"^Decoder\.mlpackage differs from PyTorch"):
         export_coreml_decoder(converted_decoder(), compared, tmp_path / "Decoder.mlpackage", ORIGIN)
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_a_decoder_of_real_size_converts() -> None:
-    sam = toy(1024)
-    description = convert_decoder(PromptDecoder(sam).eval(), sam).get_spec().description
-    ranges = {entry.name: entry.type.multiArrayType.shapeRange.sizeRanges for entry in description.input}
-    assert [(each.lowerBound, each.upperBound) for each in ranges["point_coords"]] == [(1, 1), (1, 18), (2, 2)]

@@ -16,7 +16,7 @@ from distill.export.prompts import Prompt, points_of
 from distill.export.proof import ParityError, Reference
 from embeddings_cache.images.scenes import generate_scene
 from embeddings_cache.teacher.loading import load_teacher
-from exports import reference, scene_row, small_student, toy
+from exports import reference_of, scene_row, toy
 
 SIZES = [(1024, 1024), (1500, 2250), (600, 400), (400, 600), (480, 640), (3000, 2000), (31, 977), (1, 1)]
 """Height and width."""
@@ -192,7 +192,7 @@ def test_each_output_and_an_earlier_mask_are_compared(
 
 @pytest.mark.slow
 def test_a_decoder_is_described_and_one_of_another_sam_is_refused(tmp_path: Path) -> None:
-    compared = reference(small_student())
+    compared = reference_of()
     described = export_onnx_decoder(model(toy()), compared, tmp_path / "decoder.onnx")
     assert described["parity"]["max_difference"] <= described["parity"]["allowed"]["max_difference"] == 1e-3
     assert described["inputs"]["image_embeddings"]["shape"] == [1, 128, 8, 8]

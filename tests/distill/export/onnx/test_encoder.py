@@ -14,7 +14,7 @@ from distill.export.onnx.file import open_session
 from distill.export.proof import ParityError
 from embeddings_cache.images.preprocessing import resize_longest_side
 from embeddings_cache.images.scenes import generate_scene
-from exports import reference, small_student, toy
+from exports import onnx_of, reference, reference_of, small_student, toy
 from students import InputError, StudentEncoder, build_student_sam
 from support import ROOT
 
@@ -39,9 +39,9 @@ def run(path: Path, image: np.ndarray) -> np.ndarray:
 )
 def test_onnx_equals_the_predictors_embedding_at_every_aspect(name: str, downsample: str, tmp_path: Path) -> None:
     """The whole way: what SamPredictor makes of an image, and what the file makes of it padded with the mean colour."""
-    encoder, path = small_student(name, downsample), tmp_path / "encoder.onnx"
-    described = export(encoder, path)
-    predictor = SamPredictor(build_student_sam(encoder, toy()))
+    path = tmp_path / "encoder.onnx"
+    described = export_onnx_encoder(onnx_of(name, downsample), reference_of(name, downsample), path)
+    predictor = SamPredictor(build_student_sam(small_student(name, downsample), toy()))
     for height, width in ((150, 150), (100, 190), (190, 60), (3, 150), (1, 1)):
         image = generate_scene(np.random.default_rng(1), 300)[0][:height, :width]
         predictor.set_image(image)
@@ -55,7 +55,7 @@ def test_onnx_equals_the_predictors_embedding_at_every_aspect(name: str, downsam
 
 def test_the_file_is_one_plain_onnx_model_that_does_not_say_where_it_was_made(tmp_path: Path) -> None:
     path = tmp_path / "encoder.onnx"
-    described = export(small_student(), path)
+    described = export_onnx_encoder(onnx_of(), reference_of(), path)
     model = onnx.load(path)
     onnx.checker.check_model(model, full_check=True)
     assert [i.name for i in model.graph.input] == ["image"]
@@ -68,9 +68,9 @@ def test_the_file_is_one_plain_onnx_model_that_does_not_say_where_it_was_made(tm
 
 @pytest.mark.slow
 def test_float16_halves_the_file_and_keeps_its_types(tmp_path: Path) -> None:
-    encoder = small_student("tiny_vit_5m")
-    export(encoder, tmp_path / "encoder.onnx")
-    described = export(encoder, tmp_path / "encoder_fp16.onnx", float16=True)
+    model, compared = onnx_of("tiny_vit_5m"), reference_of("tiny_vit_5m")
+    export_onnx_encoder(model, compared, tmp_path / "encoder.onnx")
+    described = export_onnx_encoder(model, compared, tmp_path / "encoder_fp16.onnx", float16=True)
     whole, half = ((tmp_path / name).stat().st_size for name in ("encoder.onnx", "encoder_fp16.onnx"))
     assert half < 0.65 * whole
     session = open_session(tmp_path / "encoder_fp16.onnx")
@@ -108,19 +108,17 @@ class Forgetful(RgbEncoder):
 
 @pytest.mark.slow
 def test_an_export_that_is_wrong_is_not_kept(tmp_path: Path) -> None:
-    encoder = small_student()
-    model = encoder_model(Forgetful(encoder).eval())
+    model = encoder_model(Forgetful(small_student()).eval())
     with pytest.raises(
         ParityError, match=r"^encoder\.onnx differs from PyTorch: by [\d.]+, allowed is at most 0\.001$"
     ):
-        export_onnx_encoder(model, reference(encoder), tmp_path / "encoder.onnx")
+        export_onnx_encoder(model, reference_of(), tmp_path / "encoder.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
 def test_what_becomes_nan_is_a_difference(tmp_path: Path) -> None:
-    encoder = small_student()
-    compared = reference(encoder)
+    encoder, compared = small_student(), reference_of()
     with torch.no_grad():
         encoder.neck[0].weight[0, 0] = torch.nan
     with pytest.raises(ParityError, match="differs from PyTorch: by nan"):

@@ -14,21 +14,19 @@ from distill.export.onnx.file import open_session
 from distill.export.onnx.int8 import export_int8_encoder
 from distill.export.onnx.small_weights import with_float16_weights, with_int8_weights
 from distill.export.proof import Bounds, ParityError, Reference
-from exports import reference, scene_row, small_student
+from exports import onnx_of, reference_of, scene_row, small_student
 
 Model = tuple[onnx.ModelProto, Reference]
 
 
 @pytest.fixture(scope="module")
 def repvit() -> Model:
-    encoder = small_student()
-    return encoder_model(RgbEncoder(encoder).eval()), reference(encoder)
+    return onnx_of(), reference_of()
 
 
 @pytest.fixture(scope="module")
 def tiny_vit() -> Model:
-    encoder = small_student("tiny_vit_5m")
-    return encoder_model(RgbEncoder(encoder).eval()), reference(encoder)
+    return onnx_of("tiny_vit_5m"), reference_of("tiny_vit_5m")
 
 
 def pictures(count: int = 4) -> list[np.ndarray]:
@@ -178,9 +176,9 @@ def test_weights_in_float16_take_half_the_space_and_no_time(repvit: Model, tmp_p
 @pytest.mark.slow
 def test_a_dynamic_batch_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "INT8", Bounds())
-    encoder, path = small_student(), tmp_path / "encoder_int8.onnx"
-    model = encoder_model(RgbEncoder(encoder).eval(), dynamic_batch=True)
-    export_int8_encoder(model, reference(encoder), path, pictures())
+    path = tmp_path / "encoder_int8.onnx"
+    model = encoder_model(RgbEncoder(small_student()).eval(), dynamic_batch=True)
+    export_int8_encoder(model, reference_of(), path, pictures())
     images = np.concatenate([pad_with_mean_colour(picture, 128) for picture in pictures(3)])
     singly = np.concatenate([open_session(path).run(None, {"image": image[None]})[0] for image in images])
     np.testing.assert_allclose(open_session(path).run(None, {"image": images})[0], singly, atol=1e-5)
