@@ -17,20 +17,28 @@ def test_train(tmp_path: Path) -> None:
     ]  # fmt: skip
     for row in rows:
         assert row["images_per_s"] == pytest.approx(2e3 / row["median_ms"], rel=0.01)
-        assert row["hours_of_8_epochs"] == pytest.approx(8 * 112_000 / row["images_per_s"] / 3600, abs=0.1)
+        hours = 8 * 112_000 / row["images_per_s"] / 3600  # of a rate that is rounded to thousandths
+        assert row["hours_of_8_epochs"] == pytest.approx(hours, rel=0.001, abs=0.1)
         assert row["speed_up"] == pytest.approx(1 / row["ratio"], rel=0.01)
     assert rows[0]["ratio"] == 1
     assert rows[-1]["of_memory_step"] == rows[-1]["ratio"]
 
 
 @pytest.mark.slow
-def test_train_memory_and_compilation(tmp_path: Path) -> None:
-    """Of a student of four blocks: compiled in four processes, others would take ten minutes."""
-    out, few = tmp_path / "benchmark.json", "overrides={widths: [8, 16, 24, 32], depths: [1, 1, 1, 1]}"
-    assert main(["train", *SMALL, few, "compile=true", "precisions=float32", f"out={out}"]) == 0
+def test_train_memory(tmp_path: Path) -> None:
+    out = tmp_path / "benchmark.json"
+    assert main(["train", *SMALL, "precisions=float32", f"out={out}"]) == 0
     rows = json.loads(out.read_text())["train"]["rows"]
-    assert "float32, channels_last, compiled" in {row["backend"] for row in rows}
     assert all(row["peak_memory_bytes"] > 50_000_000 for row in rows[:-1])
+
+
+@pytest.mark.slow
+def test_train_compiled(tmp_path: Path) -> None:
+    """A student of four blocks: one that is larger takes minutes to compile, twice."""
+    out, few = tmp_path / "benchmark.json", "overrides={widths: [8, 16, 24, 32], depths: [1, 1, 1, 1]}"
+    assert main(["train", *SMALL, few, "memory=false", "compile=true", "precisions=float32", f"out={out}"]) == 0
+    rows = json.loads(out.read_text())["train"]["rows"]
+    assert {"float32, compiled", "float32, channels_last, compiled"} <= {row["backend"] for row in rows}
 
 
 @pytest.mark.parametrize(
