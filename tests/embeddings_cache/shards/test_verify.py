@@ -3,6 +3,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -12,9 +13,10 @@ import torch
 from segment_anything.modeling import Sam
 
 from caches import Make, flip_a_bit
+from embeddings_cache.embed import embed_again
 from embeddings_cache.shards.format import CacheIdentity
 from embeddings_cache.shards.reader import EmbeddingsCache, shard_paths
-from embeddings_cache.shards.verify import DamagedCache, verify_cache
+from embeddings_cache.shards.verify import DamagedCache, Embed, verify_cache
 from embeddings_cache.teacher.encoder import TeacherEncoder
 from students import InputError
 
@@ -25,12 +27,12 @@ def copy(cache_dir: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def encoder(sam: Sam) -> TeacherEncoder:
-    return TeacherEncoder(sam, torch.device("cpu"))
+def embed(sam: Sam) -> Embed:
+    return partial(embed_again, TeacherEncoder(sam, torch.device("cpu")))
 
 
-def test_a_good_cache_passes(cache_dir: Path, encoder: TeacherEncoder, capsys: pytest.CaptureFixture[str]) -> None:
-    verify_cache(cache_dir, encoder, recompute=24)
+def test_a_good_cache_passes(cache_dir: Path, embed: Embed, capsys: pytest.CaptureFixture[str]) -> None:
+    verify_cache(cache_dir, embed, recompute=24)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[:3]] == [path.name for path in shard_paths(cache_dir)]
     assert all("made again: off by" in line and line.endswith("ok") for line in lines[:3])
@@ -119,14 +121,14 @@ def test_damage_is_named(
 
 
 def test_an_embedding_that_is_not_the_teachers_is_found(
-    copy: Path, encoder: TeacherEncoder, capsys: pytest.CaptureFixture[str]
+    copy: Path, embed: Embed, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its checksum holds; only the teacher can tell."""
     with h5py.File(shard_paths(copy)[0], "r+") as file:
         file["embeddings"][2] = file["embeddings"][5]
     verify_cache(copy, None, 0)
     with pytest.raises(DamagedCache):
-        verify_cache(copy, encoder, recompute=24)
+        verify_cache(copy, embed, recompute=24)
     assert "row 2 (sa_2): the teacher makes another embedding, off by" in capsys.readouterr().out
 
 
@@ -149,12 +151,12 @@ def test_int8_without_its_scales_is_damage_and_an_older_shard_is_not(
 
 
 def test_an_unfinished_cache_is_checked_by_sample_too(
-    copy: Path, encoder: TeacherEncoder, capsys: pytest.CaptureFixture[str]
+    copy: Path, embed: Embed, capsys: pytest.CaptureFixture[str]
 ) -> None:
     content = json.loads((copy / "cache.json").read_text())
     (copy / "cache.json").write_text(json.dumps({**content, "complete": False, "images": 0, "shards": 0}))
     with pytest.raises(DamagedCache, match="is not finished"):
-        verify_cache(copy, encoder, recompute=5)
+        verify_cache(copy, embed, recompute=5)
     again = re.findall(r"(\d+) made again", capsys.readouterr().out)
     assert sum(map(int, again)) == 5
 
