@@ -128,7 +128,7 @@ def test_another_cache_is_refused_by_name(
 
 
 def test_a_cache_in_use_is_refused(tmp_path: Path, make: Make) -> None:
-    code = "import sys; from pathlib import Path; from embeddings_cache.files import sole_user\n"
+    code = "import sys; from pathlib import Path; from embeddings_cache.system import sole_user\n"
     code += "with sole_user(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:

@@ -21,7 +21,7 @@ def test_untrained_weights_would_not_pass() -> None:
 
 
 def test_the_weights_are_small() -> None:
-    assert files("embeddings_cache").joinpath(WEIGHTS).stat().st_size < 8_000_000  # type: ignore[attr-defined]
+    assert files("embeddings_cache.teacher").joinpath(WEIGHTS).stat().st_size < 8_000_000  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("size", [128, 192, 320])
