@@ -18,6 +18,17 @@ os.environ["ACCELERATE_USE_CPU"] = "true"  # as CI; also for the processes that 
 torch.set_num_threads(1)  # the models here are so small that threads would only wait for each other
 
 
+def keep_to_one_core(worker: str) -> None:
+    """Of several workers (`pytest -n`) each keeps to a core, as do the processes that its tests start: threads that
+    wait for each other spin, and on cores that are busy a step takes fifty times as long."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
+if hasattr(os, "sched_setaffinity") and (worker := os.environ.get("PYTEST_XDIST_WORKER")):
+    keep_to_one_core(worker)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     with heartbeat(item.nodeid):

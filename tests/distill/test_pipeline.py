@@ -156,6 +156,7 @@ def test_photographs_without_annotations_go_all_the_way(tmp_path: Path, scene_ta
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_readmes_first_command(tmp_path: Path) -> None:
     """`accelerate launch distill.py recipe=quickstart`, and once more."""
     command = [str(Path(sys.executable).with_name("accelerate")), "launch", str(ROOT / "distill.py")]
