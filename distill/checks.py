@@ -9,7 +9,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from omegaconf import OmegaConf
 
 from distill.schema import BATCH_NORMS, FORMATS, IMAGES, LOSSES, ON_REQUEST, STAGES, TASKS, Recipe, numbers
-from embeddings_cache.images import scene_count
+from embeddings_cache.images import SIXTEEN_BIT, scene_count
 from embeddings_cache.shards import DTYPES
 from embeddings_cache.teacher import TEACHER_DTYPES, known_teachers
 from students import DOWNSAMPLES, InputError, list_students
@@ -20,6 +20,7 @@ CHOICES: dict[str, Callable[[], Sequence[str]]] = {
     "student.downsample": lambda: DOWNSAMPLES,
     "teacher.name": known_teachers,
     "teacher.dtype": lambda: TEACHER_DTYPES,
+    "data.sixteen_bit": lambda: SIXTEEN_BIT,
     "cache.dtype": lambda: DTYPES,
     "train.mixed_precision": lambda: ("no", "bf16", "fp16"),
     "train.batch_norm": lambda: BATCH_NORMS,
@@ -31,7 +32,7 @@ CHOICES_OF_EACH: dict[str, Callable[[], Sequence[str]]] = {
 }
 
 AT_LEAST_ONE = (
-    "teacher.batch_size", "data.val_images", "cache.images_per_shard", "train.batch_size",
+    "teacher.batch_size", "data.val_images", "data.max_pixels", "cache.images_per_shard", "train.batch_size",
     "train.accumulate", "train.mask_prompts", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
     "evaluate.masks_per_image", "evaluate.grid", "export.images", "export.calibration_images",
     "predict.points_per_side",

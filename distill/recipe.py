@@ -6,7 +6,7 @@ A mistake is one `InputError` that names it, where it came from, and the nearest
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.checks import check_recipe, nearest
-from distill.schema import IMAGES, SHAPES_THE_STUDENT, STAGES, Recipe, describe_keys, kinds
+from distill.schema import IMAGES, PATHS, SHAPES_THE_STUDENT, STAGES, Recipe, describe_keys, kinds
 from students import InputError, architecture_of, first_line, is_our_student, read_metadata
 
 __all__ = ["STAGES", "Recipe", "describe_keys", "differences", "find_recipe", "list_recipes", "load_recipe", "to_yaml"]
@@ -35,7 +35,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
         key, equals, value = argument.partition("=")
         if not equals:
             raise InputError(f"command line: {argument!r} is not key=value (see --help)")
-        overrides[key] = value
+        overrides[key] = os.path.expanduser(value) if key in ("recipe", *PATHS) else value
     schema = OmegaConf.structured(Recipe)
     if overrides.get("stage") == "export" and "checkpoint" in overrides and not {"recipe", "run_dir"} & set(overrides):
         shown = overrides["checkpoint"]
@@ -52,6 +52,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
         typed["teacher.name"] = brought  # or a recipe for ViT-H would refuse mobile_sam.pt
     config = _merge(config, _nested(typed), "command line")
     try:
+        for key in PATHS:
+            OmegaConf.update(config, key, _at_home(OmegaConf.select(config, key)))
         recipe = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise InputError(f"{shown}: {first_line(error)}") from error
@@ -99,6 +101,13 @@ def differences(recipe: Recipe, saved: Path) -> list[str]:
     now = OmegaConf.structured(recipe)
     pairs = ((key, OmegaConf.select(earlier, key), OmegaConf.select(now, key)) for key in SHAPES_THE_STUDENT)
     return [f"{key}: {then}, now {value}" for key, then, value in pairs if then != value]
+
+
+def _at_home(path: Any) -> Any:
+    """A path, or each of a list, with `~` for what it stands for; anything else as it is."""
+    if isinstance(path, str):
+        return os.path.expanduser(path)
+    return [_at_home(each) for each in path] if isinstance(path, Sequence) else path
 
 
 def _architecture(checkpoint: str | None) -> str | None:

@@ -95,9 +95,10 @@ def refuse_other_settings(recipe: Recipe, identity: CacheIdentity) -> None:
         image_size=recipe.image_size,
         dtype=recipe.cache.dtype,
         jpeg_quality=recipe.cache.jpeg_quality,
-        preprocess=fingerprint(),
+        preprocess=fingerprint(recipe.data.sixteen_bit),
         data_images=images_name(recipe.data.images),
         data_fraction=recipe.data.fraction,
+        data_annotations=recipe.data.annotations or "",
     )
     refuse_other_cache(Path(recipe.cache.dir), identity, expected)
     cells = recipe.image_size // 16

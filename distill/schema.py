@@ -11,7 +11,7 @@ import yaml
 STAGES = ("precompute", "train", "evaluate", "export", "report")
 """What `stage=all` runs, in order."""
 
-ON_REQUEST = ("verify", "predict", "convert")
+ON_REQUEST = ("inspect", "verify", "predict", "convert")
 """Stages that run only when they are named."""
 
 LOSSES = ("mse", "cosine", "mask")
@@ -40,8 +40,15 @@ DEFAULT_FORMATS = ("onnx", "onnx_decoder", "coreml")
 IMAGES = ("data.images", "evaluate.data")
 """Keys that name images."""
 
+PATHS = (
+    *IMAGES, "data.annotations", "run_dir", "checkpoint", "image", "cache.dir", "teacher.checkpoint",
+    "student.pretrained",
+)  # fmt: skip
+"""Keys that name files or folders, in which `~` is the home directory."""
+
 SHAPES_THE_STUDENT = (
-    "seed", "image_size", "student", "teacher.name", "data.images", "data.fraction", "data.val_images", "cache.dtype",
+    "seed", "image_size", "student", "teacher.name", "data.images", "data.annotations", "data.sixteen_bit",
+    "data.fraction", "data.val_images", "cache.dtype",
     "cache.jpeg_quality", "train.epochs", "train.batch_size", "train.accumulate", "train.lr", "train.weight_decay",
     "train.warmup_steps", "train.clip_norm", "train.loss", "train.then", "train.ignore_padding", "train.mask_prompts",
     "train.mask_rounds", "train.ema", "train.batch_norm", "train.mixed_precision", "cache.per_node",
@@ -71,10 +78,13 @@ class TeacherRecipe:
 
 @dataclass
 class DataRecipe:
-    images: Any = None  # tars, globs, brace patterns, URLs, pipe: commands or folders, one or a list; scenes:N makes N
+    images: Any = None  # tars, zips, folders, globs, brace patterns, URLs, pipe: commands, one or a list; or scenes:N
+    annotations: str | None = None  # COCO's instances.json for all of them; default: what lies beside each image
     fraction: float = 1.0  # share of the images to use: whole tars first, then keys by hash
     val_images: int = 100  # images held out by hash, never trained on
     max_skipped: float = 0.01  # share of bad samples above which precompute stops
+    max_pixels: int = 178_956_970  # of a picture; one with more is skipped by its header, before it fills the memory
+    sixteen_bit: str = "upper"  # 16-bit pictures: the upper 8 bits; stretch: darkest to brightest value of each
 
 
 @dataclass

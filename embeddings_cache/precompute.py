@@ -1,7 +1,7 @@
 """Precompute: the teacher sees every chosen image once; its embeddings go to shards."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 
@@ -12,12 +12,15 @@ from segment_anything.modeling import Sam
 
 from embeddings_cache.embed import embedded_rows
 from embeddings_cache.images import (
+    Account,
+    Sample,
     Share,
     SkippedSamples,
     assign_sources,
-    count_images,
     fingerprint,
+    gather_notes,
     keep_key,
+    look_through,
     pick_sources,
     read_images,
 )
@@ -58,6 +61,8 @@ def cache_identity(
     jpeg_quality: int | str,
     images: str | list[str],
     fraction: float,
+    annotations: str | None = None,
+    sixteen_bit: str = "upper",
 ) -> CacheIdentity:
     """What a cache made with these settings is identified by."""
     encoder = sam.image_encoder
@@ -71,9 +76,10 @@ def cache_identity(
         embedding_shape=(channels, cells, cells),
         dtype=dtype,
         jpeg_quality=jpeg_quality,
-        preprocess=fingerprint(),
+        preprocess=fingerprint(sixteen_bit),
         data_images=images_name(images),
         data_fraction=fraction,
+        data_annotations=annotations or "",
     )
 
 
@@ -88,6 +94,8 @@ def precompute(
     compiled: bool = False,
     images_per_shard: int = 256,
     max_skipped: float = 0.01,
+    read: Callable[..., Iterator[Sample]] = read_images,
+    annotated: Container[str] = (),
 ) -> CacheInfo:
     """Make a cache, or what is missing of it; every process of the launch calls this.
 
@@ -101,6 +109,8 @@ def precompute(
         compiled: whether the teacher goes through `torch.compile`.
         images_per_shard: rows a shard, and so what a crash costs at most.
         max_skipped: share of bad samples above which the run stops.
+        read: `read_images`, with how pictures are read.
+        annotated: keys that `read` has an annotation for, besides those that lie beside the images.
 
     Returns:
         What `cache.json` says at the end.
@@ -130,17 +140,19 @@ def precompute(
         done = {key for shard in shard_paths(directory) for key in keys_in(shard, identity)}
         total: int | None = None
         if accelerator.is_main_process:
-            total = count_images(picked, lambda key: keep_key(key, key_fraction))
+            found = look_through(picked, lambda key: keep_key(key, key_fraction), annotated)
+            total = found.total
+            print(f"precompute: {found}")
             print(f"precompute: {check_space(directory, total and max(0, total - len(done)), identity)}")
         accelerator.wait_for_everyone()  # nobody adds a shard before all have listed them, and it will fit
 
         encoder = TeacherEncoder(sam, accelerator.device, identity.teacher_dtype, compiled, batch_size)
         shares = assign_sources(picked, rank, ranks, resumed=bool(done))
-        skipped = SkippedSamples(directory / "skipped.jsonl", max_skipped, good=len(done) // ranks)
+        skipped = SkippedSamples(directory / "skipped.jsonl", max_skipped, good=len(done) // ranks, rank=rank)
         with progress_bar(
             accelerator, "precompute", "images", total=total and -(-total // ranks), initial=len(done) // ranks
         ) as progress:
-            divided = embed_shares(
+            account = embed_shares(
                 shares,
                 lambda key: key not in done and keep_key(key, key_fraction),
                 encoder,
@@ -148,13 +160,15 @@ def precompute(
                 skipped,
                 preparing_threads(accelerator.device),
                 progress.update,
+                read,
             )
             progress.total = progress.n
         accelerator.wait_for_everyone()
         skipped.samples = list(dict.fromkeys(gather_object(skipped.samples)))  # a divided tar is read by all
-        refuse_differing(gather_object([divided]))
+        refuse_differing(gather_object([account.divided]))
+        left_out = {source: kinds for part in gather_object([account.left_out]) for source, kinds in part.items()}
         if accelerator.is_main_process:
-            _finish(directory, identity, skipped)
+            _finish(directory, identity, skipped, sum(left_out.values(), Counter()))
         accelerator.wait_for_everyone()
     finished = read_info(directory)
     assert finished is not None
@@ -169,7 +183,8 @@ def embed_shares(
     skipped: SkippedSamples,
     threads: int,
     progress: Callable[[], object],
-) -> dict[str, int]:
+    read: Callable[..., Iterator[Sample]] = read_images,
+) -> Account:
     """One process's share of the images → shards, reading, decoding, encoder and writing all at the same time.
 
     Args:
@@ -177,21 +192,22 @@ def embed_shares(
         skipped: is told of bad samples, and of the number of others.
         threads: that decode, and as many that resize.
         progress: called after each image.
+        read: `read_images`, with how pictures are read.
 
     Returns:
-        `divided` of `read_images`.
+        What became of all that is no image.
 
     Raises:
         Stopped: a signal came.
     """
-    divided: dict[str, int] = {}
+    account = Account(skipped, skipped.note)
     with stop_on_request() as request:
 
         def still_wanted(key: str) -> bool:
             request.raise_if_made()  # also while what is there already is only passed over
             return wanted(key)
 
-        samples = read_images(shares, still_wanted, skipped, threads, divided)
+        samples = read(shares, still_wanted, account, threads)
         with (
             closing(embedded_rows(encoder, samples, writer.identity.jpeg_quality, skipped, threads)) as rows,
             writer,  # ends its shard before the readers end, one of which may be waiting for a download
@@ -201,7 +217,7 @@ def embed_shares(
                 skipped.good += 1
                 progress()
                 request.raise_if_made()
-    return divided
+    return account
 
 
 def refuse_differing(counts: list[dict[str, int]]) -> None:
@@ -221,8 +237,8 @@ def preparing_threads(device: torch.device) -> int:
     return max(1, min(MOST_THREADS, available_cores() // processes_here()))
 
 
-def _finish(directory: Path, identity: CacheIdentity, skipped: SkippedSamples) -> None:
-    """Write `skipped.jsonl`, judge the share of bad samples, and declare the cache complete."""
+def _finish(directory: Path, identity: CacheIdentity, skipped: SkippedSamples, left_out: Counter[str]) -> None:
+    """Write `skipped.jsonl` and `notes.jsonl`, judge the share of bad samples, and declare the cache complete."""
     shards = shard_paths(directory)
     rows = Counter(key for shard in shards for key in keys_in(shard, identity))
     skipped.samples += [(key, "key seen before") for key, count in rows.items() if count > 1]
@@ -231,5 +247,6 @@ def _finish(directory: Path, identity: CacheIdentity, skipped: SkippedSamples) -
     if not rows:
         raise InputError(f"no image could be read from {identity.data_images!r}{skipped.commonest()}")
     skipped.refuse_too_many()
-    info = CacheInfo(identity, complete=True, images=len(rows), skipped=len(skipped.samples), shards=len(shards))
+    noted = len({key for key, _ in gather_notes(directory)})
+    info = CacheInfo(identity, True, len(rows), len(skipped.samples), len(shards), noted=noted, left_out=dict(left_out))
     write_json(directory / "cache.json", info.as_json())

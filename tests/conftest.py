@@ -31,7 +31,8 @@ if hasattr(os, "sched_setaffinity") and (worker := os.environ.get("PYTEST_XDIST_
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    with heartbeat(item.nodeid):
+    # A worker's standard output is nobody's, its standard error is the terminal.
+    with heartbeat(item.nodeid, terminal=2 if "PYTEST_XDIST_WORKER" in os.environ else 1):
         return (yield)
 
 

@@ -23,11 +23,13 @@ from segment_anything.utils.amg import build_point_grid
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from distill.losses import embedding_errors
+from distill.reading import reading_of
 from distill.recipe import Recipe
 from distill.run import chosen_student, is_current, open_cache
 from distill.schema import EvaluateRecipe
 from embeddings_cache.embed import embedded_rows
 from embeddings_cache.images import (
+    Account,
     Skipped,
     assign_sources,
     bounding_box,
@@ -123,6 +125,7 @@ def evaluation_inputs(recipe: Recipe) -> dict[str, Any]:
     checkpoint = recipe.teacher.checkpoint
     digest = checkpoint and sha256(Path(checkpoint))
     teacher = {"name": recipe.teacher.name, "dtype": recipe.teacher.dtype, "file_sha256": digest}
+    inputs |= {"sixteen_bit": recipe.data.sixteen_bit} if recipe.data.sixteen_bit != "upper" else {}
     return {**inputs, "teacher": teacher, "image_size": recipe.image_size, "jpeg_quality": recipe.cache.jpeg_quality}
 
 
@@ -158,7 +161,8 @@ def evaluation_rows(
     """
     if recipe.evaluate.data is not None:
         sources, _ = pick_sources(expand_sources(recipe.evaluate.data), 1.0)
-        samples = read_images(assign_sources(sources, rank, ranks), wanted, skipped)
+        shares = assign_sources(sources, rank, ranks)
+        samples = read_images(shares, wanted, Account(skipped), reading=reading_of(recipe))
         encoder = TeacherEncoder(
             teacher, teacher.device, recipe.teacher.dtype, recipe.teacher.compile, recipe.teacher.batch_size
         )

@@ -1,13 +1,16 @@
 """Precompute: the embeddings cache, with a recipe's settings."""
 
+from collections import Counter
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from distill.needs import need_images, need_own_cache, need_teacher
+from distill.reading import annotations_of, reading_of
 from distill.recipe import Recipe
-from embeddings_cache.images import expand_sources, scene_count, write_scene_tars
+from embeddings_cache.images import expand_sources, listed, read_images, scene_count, write_scene_tars
 from embeddings_cache.precompute import cache_identity, precompute
 from embeddings_cache.shards import is_complete, read_info
 from embeddings_cache.system import progress_bar
@@ -25,6 +28,7 @@ def check(recipe: Recipe, before: Collection[str]) -> None:
     info = need_own_cache(recipe)
     if not scene_count(recipe.data.images) and (info is None or not info.complete):
         need_images(recipe.data.images, recipe.data.fraction)
+        annotations_of(recipe)
 
 
 def run(recipe: Recipe, accelerator: Accelerator) -> bool:
@@ -42,8 +46,11 @@ def run(recipe: Recipe, accelerator: Accelerator) -> bool:
         jpeg_quality=recipe.cache.jpeg_quality,
         images=recipe.data.images,
         fraction=recipe.data.fraction,
+        annotations=recipe.data.annotations,
+        sixteen_bit=recipe.data.sixteen_bit,
     )
     complete = earlier is not None and is_complete(directory, earlier)
+    annotations = None if complete else annotations_of(recipe)
     info = precompute(
         directory,
         sam,
@@ -54,9 +61,13 @@ def run(recipe: Recipe, accelerator: Accelerator) -> bool:
         compiled=recipe.teacher.compile,
         images_per_shard=recipe.cache.images_per_shard,
         max_skipped=recipe.data.max_skipped,
+        read=partial(read_images, reading=reading_of(recipe), annotations=annotations),
+        annotated=annotations or (),
     )
     skipped = f", {info.skipped} bad samples skipped (skipped.jsonl)" if info.skipped else ""
-    accelerator.print(f"precompute: {info.images} images in {directory}{skipped}")
+    noted = f", notes on {info.noted} of them (notes.jsonl)" if info.noted else ""
+    left_out = f", {listed(Counter(info.left_out))} left out" if info.left_out else ""
+    accelerator.print(f"precompute: {info.images} images in {directory}{noted}{skipped}{left_out}")
     return not complete
 
 

@@ -1,7 +1,8 @@
 """Pictures in: where they lie, reading and decoding them, what is known of them, and how they become encoder input."""
 
-from embeddings_cache.images.annotations import bounding_box, center_point, decode_masks, decode_rle, encode_rle
-from embeddings_cache.images.decoding import decode_image, reason_of
+from embeddings_cache.images.annotations import bounding_box, center_point, decode_masks
+from embeddings_cache.images.decoding import AS_OPENCV, SIXTEEN_BIT, Reading, decode_image, reason_of
+from embeddings_cache.images.polygons import CocoFile
 from embeddings_cache.images.preprocessing import (
     PIXEL_MEAN,
     PIXEL_STD,
@@ -9,38 +10,51 @@ from embeddings_cache.images.preprocessing import (
     normalize,
     pad_pixels,
     resize_longest_side,
+    resized_shape,
     to_encoder_input,
 )
-from embeddings_cache.images.samples import Sample, count_images, read_images
+from embeddings_cache.images.rle import decode_rle, encode_rle
+from embeddings_cache.images.samples import Account, Sample, read_images
 from embeddings_cache.images.scenes import generate_scene, sa1b_annotation, scene_count, write_scene_tars
-from embeddings_cache.images.skipped import Skipped, SkippedSamples
+from embeddings_cache.images.skipped import Skipped, SkippedSamples, commonest, gather_notes
 from embeddings_cache.images.sources import Share, assign_sources, expand_sources, keep_key, pick_sources
+from embeddings_cache.images.survey import Survey, listed, look_through
 
 __all__ = [
+    "AS_OPENCV",
     "PIXEL_MEAN",
     "PIXEL_STD",
+    "SIXTEEN_BIT",
+    "Account",
+    "CocoFile",
+    "Reading",
     "Sample",
     "Share",
     "Skipped",
     "SkippedSamples",
+    "Survey",
     "assign_sources",
     "bounding_box",
     "center_point",
-    "count_images",
+    "commonest",
     "decode_image",
     "decode_masks",
     "decode_rle",
     "encode_rle",
     "expand_sources",
     "fingerprint",
+    "gather_notes",
     "generate_scene",
     "keep_key",
+    "listed",
+    "look_through",
     "normalize",
     "pad_pixels",
     "pick_sources",
     "read_images",
     "reason_of",
     "resize_longest_side",
+    "resized_shape",
     "sa1b_annotation",
     "scene_count",
     "to_encoder_input",

@@ -1,39 +1,68 @@
-"""SA-1B's JSON: masks as COCO run-length encodings, and the prompts that are made from them."""
+"""What is known of an image: masks, kept as SA-1B's JSON has them, and the prompts that are made from them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 from scipy.ndimage import distance_transform_edt
 
+from embeddings_cache.images.polygons import labelme_masks
+from embeddings_cache.images.rle import check_rle, decode_rle
 
-def usable_annotation(encoded: bytes, size: tuple[int, int]) -> str | None:
-    """The JSON's text if it lists masks as SA-1B does, None if it says something else.
 
-    WebDataset tars of other origins keep captions, polygons and the like in their `.json`; those are photographs
-    without annotations to us.
+def usable_annotation(encoded: bytes, size: tuple[int, int], noted: Callable[[str], object]) -> str | None:
+    """The text of SA-1B's JSON if a file lists masks as SA-1B does, or as LabelMe; None if it says something else.
+
+    WebDataset tars of other origins keep captions and the like in their `.json`; those are photographs without
+    annotations to us, and so is one whose `.json` cannot be read.
 
     Args:
-        encoded: the JSON file.
+        encoded: the JSON file: UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
         size: (height, width) of its image.
+        noted: is told why the file, or some of its masks, cannot be used.
+    """
+    try:
+        text = encoded.decode(json.detect_encoding(encoded))
+        value = json.loads(text)
+        if masks := labelme_masks(value, size):
+            return json.dumps({"annotations": [{"segmentation": mask} for mask in masks]})
+        good = _good_entries(value, size, noted)
+        if not good or len(good) == len(value["annotations"]):
+            return text if good else None
+        return json.dumps({**value, "annotations": good}, ensure_ascii=False)
+    except UnicodeDecodeError as error:
+        noted(f"annotation not used: not {error.encoding}")
+    except json.JSONDecodeError as error:
+        noted(f"annotation not used: {'it is empty' if not encoded.strip() else f'not JSON: {error.msg}'}")
+    except (ValueError, RecursionError) as error:
+        noted(f"annotation not used: {error}")
+    return None
+
+
+def _good_entries(value: Any, size: tuple[int, int], noted: Callable[[str], object]) -> list[dict[str, Any]]:
+    """The entries of SA-1B's JSON whose masks are such; none where it is another tool's.
 
     Raises:
-        ValueError: not JSON, not UTF-8, or masks of another size than the image's.
+        ValueError: masks of another size than the image's.
     """
-    text = encoded.decode()
-    value = json.loads(text)
     entries = value.get("annotations") if isinstance(value, dict) else None
-    if not isinstance(entries, list) or not entries:
-        return None
-    masks = [entry.get("segmentation") if isinstance(entry, dict) else None for entry in entries]
-    if not all(isinstance(mask, dict) and {"size", "counts"} <= mask.keys() for mask in masks):
-        return None
-    sizes = [entry["segmentation"]["size"] for entry in entries]
-    if others := [other for other in sizes if other != list(size)]:
+    entries = entries if isinstance(entries, list) else []
+    found = [entry.get("segmentation") if isinstance(entry, dict) else None for entry in entries]
+    masks = [mask for mask in found if isinstance(mask, dict) and {"size", "counts"} <= mask.keys()]
+    if not masks or len(masks) < len(entries):
+        noted("annotation not used: it lists no masks as SA-1B does")
+        return []
+    if others := [mask["size"] for mask in masks if mask["size"] != list(size)]:
         raise ValueError(f"annotated at {others[0]}, the image has {list(size)} (height, width)")
-    return text
+    good = []
+    for entry in entries:
+        try:
+            check_rle(entry["segmentation"])
+            good.append(entry)
+        except ValueError as error:
+            noted(f"a mask not used: {error}")
+    return good
 
 
 def decode_masks(annotation: str) -> Iterator[np.ndarray]:
@@ -44,20 +73,6 @@ def decode_masks(annotation: str) -> Iterator[np.ndarray]:
     """
     masks = (decode_rle(entry["segmentation"]) for entry in json.loads(annotation)["annotations"])
     yield from (mask for mask in masks if mask.any())
-
-
-def decode_rle(segmentation: dict[str, Any]) -> np.ndarray:
-    """One COCO RLE, compressed (`counts` a string) or not (a list) → boolean (H, W)."""
-    height, width = segmentation["size"]
-    if isinstance(segmentation["counts"], list):
-        segmentation = coco_mask.frPyObjects(segmentation, height, width)
-    return coco_mask.decode(segmentation).astype(bool)
-
-
-def encode_rle(mask: np.ndarray) -> dict[str, Any]:
-    """Boolean (H, W) → compressed COCO RLE with `counts` as text, ready for JSON."""
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
 
 
 def center_point(mask: np.ndarray) -> tuple[float, float]:

@@ -22,10 +22,16 @@ def resize_longest_side(image: np.ndarray, size: int) -> np.ndarray:
     Raises:
         ValueError: the image is so elongated that its short side would round to no pixel at all.
     """
-    height, width = ResizeLongestSide.get_preprocess_shape(image.shape[0], image.shape[1], size)
-    if min(height, width) < 1:
-        raise ValueError(f"{image.shape[1]}×{image.shape[0]} px is too elongated for a longest side of {size} px")
+    resized_shape((image.shape[0], image.shape[1]), size)
     return ResizeLongestSide(size).apply_image(image)
+
+
+def resized_shape(original_size: tuple[int, int], size: int) -> tuple[int, int]:
+    """Height and width of what `resize_longest_side` makes; raises as it does."""
+    height, width = ResizeLongestSide.get_preprocess_shape(*original_size, size)
+    if min(height, width) < 1:
+        raise ValueError(f"{original_size[1]}×{original_size[0]} px is too elongated for a longest side of {size} px")
+    return height, width
 
 
 def pad_pixels(pixels: np.ndarray | torch.Tensor, size: int) -> torch.Tensor:
@@ -62,13 +68,15 @@ def normalize(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels - mean) / std
 
 
-def fingerprint() -> str:
-    """Names this preprocessing; a cache that carries another one is refused."""
-    what = {
+def fingerprint(sixteen_bit: str = "upper") -> str:
+    """Names this preprocessing, with what becomes of 16 bits; a cache that carries another one is refused."""
+    what: dict[str, object] = {
         "resize": "longest side, segment_anything ResizeLongestSide.apply_image",
         "mean": PIXEL_MEAN,
         "std": PIXEL_STD,
         "pad": "zeros, right and bottom, after normalisation",
         "orientation": "EXIF applied",
     }
+    if sixteen_bit != "upper":
+        what["sixteen_bit"] = sixteen_bit
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,31 +1,39 @@
-"""Images in: SA-1B tars as published, any other WebDataset tar, any folder tree of images."""
+"""Images in: SA-1B tars as published, any other WebDataset tar, zips, any folder tree of pictures."""
 
-import os
+import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from embeddings_cache.images.annotations import usable_annotation
-from embeddings_cache.images.decoding import decode_image, reason_of
+from embeddings_cache.images.archives import Member, is_stream, open_members, read_stream
+from embeddings_cache.images.decoding import AS_OPENCV, Reading, decode_image, reason_of
+from embeddings_cache.images.folders import files_of, is_folder_like
+from embeddings_cache.images.names import Group, LeftOut, Lost, group_by_stem, group_files, suffix_of
+from embeddings_cache.images.polygons import CocoFile
+from embeddings_cache.images.remote import is_remote
 from embeddings_cache.images.skipped import Skipped
-from embeddings_cache.images.sources import IMAGE_SUFFIXES, Share, is_remote, relative_key, suffix_of, walk_images
-from embeddings_cache.images.tars import first_image_keys, tar_samples
+from embeddings_cache.images.sources import Share
 from embeddings_cache.system import map_ahead
 
-LISTED_MEMBERS = 2000
-"""Files of a tar whose names are read to count its images; SA-1B's have some 22,000."""
+APART = "its image lies elsewhere in the tar, they must lie together"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image as it came: `key` names it, `image` is RGB uint8 (H, W, 3), `annotation` SA-1B's JSON if it has one."""
+    """One image as it came: `key` names it, `image` is RGB uint8 (H, W, 3), `annotation` SA-1B's JSON if it has one.
+
+    `kind` is the picture's suffix; `notes` say what there is to know of it, such as why its annotation was not used.
+    """
 
     key: str
     image: np.ndarray
     annotation: str | None
+    kind: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def original_size(self) -> tuple[int, int]:
@@ -33,122 +41,147 @@ class Sample:
         return self.image.shape[0], self.image.shape[1]
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """A sample's files: the picture's bytes, and its annotation's; `kind` is the picture's suffix."""
+
+    key: str
+    kind: str
+    picture: bytes
+    annotation: bytes | None
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files by name, how they are grouped into samples, and reading one by its place."""
+
+    names: list[str]
+    group: Callable[[list[str]], Iterator[Group | Lost | LeftOut]]
+    read: Callable[[int], bytes]
+
+
+@dataclass
+class Account:
+    """What became of everything in some sources that is no sample of theirs.
+
+    Attributes:
+        skipped: is called with the key (or the source) and the reason for every bad sample.
+        noted: is called with the key of an image that is used, and what there is to know of it.
+        divided: number of wanted keys in each source that several processes divide: they must have found the same, or
+            some image is read twice or not at all.
+        left_out: by source, how many files of each kind were no sample's.
+    """
+
+    skipped: Skipped = lambda key, why: None
+    noted: Skipped = lambda key, what: None
+    divided: dict[str, int] = dataclasses.field(default_factory=dict)
+    left_out: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
+
+
 def read_images(
     shares: Iterable[Share],
     wanted: Callable[[str], bool] = lambda key: True,
-    skipped: Skipped = lambda key, why: None,
+    account: Account | None = None,
     threads: int = 1,
-    divided: dict[str, int] | None = None,
+    reading: Reading = AS_OPENCV,
+    annotations: CocoFile | None = None,
 ) -> Iterator[Sample]:
     """Decode the wanted images of some sources, in order, by some threads.
 
-    `divided` is filled with the number of wanted keys in each source that several processes divide: they must have
-    found the same, or some image is read twice or not at all.
+    Bad samples are reported and passed over: an image that cannot be decoded, a key seen before, an annotation without
+    image, a local tar that ends too early.
 
-    Bad samples are reported through `skipped` and passed over: an image that cannot be decoded, JSON that cannot be
-    parsed, a key seen before, an annotation without image, a local tar that ends too early.
+    Args:
+        shares: from `assign_sources`.
+        wanted: whether the image with a key is.
+        account: is told of all that does not become a sample.
+        threads: that decode.
+        reading: how pictures are decoded.
+        annotations: of images that have no usable one beside them.
 
     Raises:
         InputError: a source that cannot be opened at all, or a download that breaks off.
     """
-    raw_samples = _unique_samples(shares, wanted, skipped, {} if divided is None else divided)
-    for sample in map_ahead(_decoded, raw_samples, threads, ahead=2 * threads):
+    account = account or Account()
+    found = _unique_samples(shares, wanted, account)
+    decode = partial(_decoded, reading=reading, annotations=annotations)
+    for sample in map_ahead(decode, found, threads, ahead=2 * threads):
         if isinstance(sample, Sample):
+            for note in sample.notes:
+                account.noted(sample.key, note)
             yield sample
         else:
-            skipped(*sample)
+            account.skipped(*sample)
 
 
-def _unique_samples(
-    shares: Iterable[Share], wanted: Callable[[str], bool], skipped: Skipped, divided: dict[str, int]
-) -> Iterator[dict[str, Any]]:
+def _unique_samples(shares: Iterable[Share], wanted: Callable[[str], bool], account: Account) -> Iterator[Encoded]:
     seen: set[str] = set()
-
-    def mine(share: Share, positions: dict[str, int], key: str) -> bool:
-        return wanted(key) and positions.setdefault(key, len(positions)) % share.parts == share.part
 
     for share in shares:
         positions: dict[str, int] = {}  # of wanted keys: the same in every process that reads this source
-        for raw in _raw_samples(share.source, partial(mine, share, positions), skipped):
-            key = raw["__key__"]
-            if reason := _no_sample(raw, seen):
-                skipped(key, reason)
-            if reason is None:
-                seen.add(key)
-                yield raw
+        left_out = account.left_out[share.source] = Counter()
+        for files in _windows(share.source, account.skipped):
+            for found in files.group(files.names):
+                if isinstance(found, LeftOut):
+                    left_out[found.kind] += 1
+                elif isinstance(found, Lost):
+                    if wanted(found.name):
+                        account.skipped(found.name, found.reason + (f"; {APART}" if found.name in seen else ""))
+                elif wanted(found.key):
+                    position = positions.setdefault(found.key, len(positions))
+                    if position % share.parts == share.part and (sample := _encoded(found, files, seen, account)):
+                        yield sample
         if share.parts > 1:
-            divided[share.source] = len(positions)
+            account.divided[share.source] = len(positions)
 
 
-def _decoded(raw: dict[str, Any]) -> Sample | tuple[str, str]:
-    """The sample, or its key and why it cannot be had."""
-    try:
-        return decode_sample(raw["__key__"], raw)
-    except Exception as error:  # Pillow lets many kinds through; one bad sample must not end the run
-        return raw["__key__"], reason_of(error)
-
-
-def decode_sample(key: str, raw: dict[str, Any]) -> Sample:
-    """Undecoded files of one key, by suffix → `Sample`; raises whatever is wrong with the image or the JSON."""
-    image = decode_image(next(raw[suffix] for suffix in IMAGE_SUFFIXES if suffix in raw))
-    size = (image.shape[0], image.shape[1])
-    return Sample(key, image, usable_annotation(raw["json"], size) if "json" in raw else None)
-
-
-def _no_sample(raw: dict[str, Any], seen: set[str]) -> str | None:
-    """Why a group of files is no sample: a reason, "" for what is not meant to be one, None if it is one."""
-    suffixes = {suffix for suffix in raw if not suffix.startswith("__")}
-    images = suffixes & set(IMAGE_SUFFIXES)
-    dotted = [suffix for suffix in suffixes if suffix.rpartition(".")[2] in IMAGE_SUFFIXES]
-    if not images and not dotted and "json" not in suffixes:
-        return ""  # a README or the like
-    if not raw["__key__"].isprintable():
-        return "its name is not printable text"
-    if not images and dotted:
-        return f"no image: WebDataset splits names at the first dot, and {dotted[0]!r} is no kind of image"
-    if not images:
-        apart = "; its image lies elsewhere in the tar, they must lie together" if raw["__key__"] in seen else ""
-        return f"annotation without image{apart}"
-    return "key seen before" if raw["__key__"] in seen else None
-
-
-def _raw_samples(source: str, mine: Callable[[str], bool], skipped: Skipped) -> Iterator[dict[str, Any]]:
-    """Undecoded samples of one source, as WebDataset groups them: `__key__`, and bytes by suffix."""
-    if os.path.isdir(source):
-        yield from _folder_samples(source, mine, skipped)
+def _encoded(group: Group, files: Files, seen: set[str], account: Account) -> Encoded | None:
+    """The bytes of a sample, unless it is none."""
+    key = group.key
+    if not key.isprintable():
+        account.skipped(key, "its name is not printable text")
+    elif key in seen:
+        account.skipped(key, "key seen before")
     else:
-        yield from tar_samples(source, mine, skipped)
-
-
-def _folder_samples(root: str, mine: Callable[[str], bool], skipped: Skipped) -> Iterator[dict[str, Any]]:
-    for path in walk_images(root):
-        key = relative_key(path, root)
-        if not mine(key):
-            continue
-        annotation = path.with_suffix(".json")
         try:
-            raw: dict[str, Any] = {"__key__": key, suffix_of(path): path.read_bytes()}
-            if annotation.is_file():
-                raw["json"] = annotation.read_bytes()
+            picture = files.read(group.picture)
+            annotation = None if group.annotation is None else files.read(group.annotation)
         except OSError as error:
-            skipped(key, f"{type(error).__name__}: {error.strerror}")
-            continue
-        yield raw
+            account.skipped(key, f"{type(error).__name__}: {error.strerror or error}")
+            return None
+        seen.add(key)
+        return Encoded(key, suffix_of(files.names[group.picture]), picture, annotation)
+    return None
 
 
-def count_images(sources: list[str], wanted: Callable[[str], bool]) -> int | None:
-    """How many wanted images some local sources hold, from names alone; None if one is remote.
+def _windows(source: str, skipped: Skipped) -> Iterator[Files]:
+    """What a source holds: all of it, or, of one that is read from front to back, what may belong together."""
+    damaged = partial(skipped, source)
+    if not is_remote(source) and is_folder_like(source):
+        root, names = files_of(source)
+        yield Files(names, group_by_stem, lambda place: (root / names[place]).read_bytes())
+    elif is_stream(source):
+        yield from map(_of_archive, read_stream(source, damaged))
+    else:
+        with open_members(source, damaged) as members:
+            yield _of_archive(members)
 
-    Large tars and many tars are estimated: from the beginnings of 16 of them, and from their sizes.
-    """
-    if any(map(is_remote, sources)):
-        return None
-    folders, tars = [s for s in sources if os.path.isdir(s)], [s for s in sources if not os.path.isdir(s)]
-    total = sum(wanted(relative_key(path, folder)) for folder in folders for path in walk_images(folder))
-    found = listed_bytes = 0.0
-    for tar in tars[:: max(1, len(tars) // 16)]:
-        keys, share = first_image_keys(tar, LISTED_MEMBERS)
-        found += sum(map(wanted, keys))
-        listed_bytes += share * os.path.getsize(tar)
-    scale = sum(map(os.path.getsize, tars)) / listed_bytes if listed_bytes else 0.0
-    return total + round(found * scale)
+
+def _of_archive(members: list[Member]) -> Files:
+    return Files([name for name, _ in members], group_files, lambda place: members[place][1]())
+
+
+def _decoded(encoded: Encoded, reading: Reading, annotations: CocoFile | None) -> Sample | tuple[str, str]:
+    """The sample, or its key and why it cannot be had."""
+    notes: list[str] = []
+    try:
+        image = decode_image(encoded.picture, reading, notes.append)
+    except Exception as error:  # Pillow lets many kinds through; one bad sample must not end the run
+        return encoded.key, reason_of(error)
+    size = (image.shape[0], image.shape[1])
+    annotation = None
+    if encoded.annotation is not None:
+        annotation = usable_annotation(encoded.annotation, size, notes.append)
+    if annotation is None and annotations is not None and (listed := annotations.annotation(encoded.key)):
+        annotation = usable_annotation(listed, size, notes.append)
+    return Sample(encoded.key, image, annotation, encoded.kind, tuple(notes))

@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter, label, shift, zoom
 
-from embeddings_cache.images.annotations import bounding_box, center_point, encode_rle
+from embeddings_cache.images.annotations import bounding_box, center_point
+from embeddings_cache.images.rle import encode_rle
 from embeddings_cache.system import whole_file
 from students import InputError
 

@@ -1,4 +1,4 @@
-"""Samples that are passed over: which, why, and whether they are too many."""
+"""Samples that are passed over: which, why, and whether they are too many; and what there is to know of others."""
 
 import json
 from collections import Counter
@@ -24,10 +24,12 @@ class SkippedSamples:
     Args:
         path: of `skipped.jsonl`.
         most: share of bad samples above which the run stops.
+        rank: of this process.
     """
 
-    def __init__(self, path: Path, most: float, good: int = 0) -> None:
+    def __init__(self, path: Path, most: float, good: int = 0, rank: int = 0) -> None:
         self.path = path
+        self.rank = rank
         self.most = most
         self.good = good
         self.samples: list[tuple[str, str]] = []
@@ -37,9 +39,15 @@ class SkippedSamples:
         if len(self.samples) + self.good >= ENOUGH_TO_JUDGE:
             self.refuse_too_many()
 
+    def note(self, key: str, what: str) -> None:
+        """Keep what there is to know of an image that is used. It is on disk at once: what is embedded is not read
+        again by the run that goes on after a crash."""
+        with self.path.with_name(f"notes-{self.rank:05d}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(_line(key, what) + "\n")
+
     def write(self) -> None:
         """Put them into `path`, a line each."""
-        lines = [json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in self.samples]
+        lines = [_line(key, reason) + "\n" for key, reason in self.samples]
         with whole_file(self.path) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
 
@@ -55,8 +63,28 @@ class SkippedSamples:
 
     def commonest(self) -> str:
         """The commonest reason with an example, to go on a line."""
-        if not self.samples:
-            return ""
-        (reason, count), *_ = Counter(reason for _, reason in self.samples).most_common(1)
-        example = next(key for key, why in self.samples if why == reason)
-        return f"; the commonest reason ({count}×, as in {example}): {reason}"
+        return f"; the commonest reason {commonest(self.samples)}" if self.samples else ""
+
+
+def commonest(told: list[tuple[str, str]]) -> str:
+    """`(12×, as in KEY): REASON` of the reason that was told most often."""
+    (reason, count), *_ = Counter(reason for _, reason in told).most_common(1)
+    example = next(key for key, why in told if why == reason)
+    return f"({count}×, as in {example}): {reason}"
+
+
+def gather_notes(directory: Path) -> list[tuple[str, str]]:
+    """Put what all processes have noted, in this run and in those before it, into `notes.jsonl`; by key."""
+    parts, path = sorted(directory.glob("notes-*.jsonl")), directory / "notes.jsonl"
+    lines = {line for part in parts for line in part.read_text(encoding="utf-8").splitlines() if line.endswith("}")}
+    lines |= set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+    if lines:
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in sorted(lines)), encoding="utf-8")
+    for part in parts:
+        part.unlink()
+    return [(note["key"], note["reason"]) for note in map(json.loads, sorted(lines))]
+
+
+def _line(key: str, reason: str) -> str:
+    return json.dumps({"key": key, "reason": reason})

@@ -3,23 +3,23 @@
 spec → expand_sources → pick_sources → assign_sources → `samples.read_images`
 """
 
-import glob
 import math
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from webdataset.shardlists import expand_urls
 
+from embeddings_cache.images.archives import is_archive
+from embeddings_cache.images.folders import is_folder_like, is_pattern, top_matches, walk_files
+from embeddings_cache.images.names import is_picture
+from embeddings_cache.images.remote import expand_remote, is_remote
 from embeddings_cache.system import stable_hash
 from students import InputError, first_line
 
 UNEVEN = 1.05
 """Bytes of one process's whole tars over the mean; above this, tars are divided instead."""
-
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,32 @@ class Share:
 
 
 def expand_sources(spec: str | list[str]) -> list[str]:
-    """Every tar and folder that a spec names, in order, without opening any.
+    """Every archive, and every place of pictures, that a spec names, in order, without opening any.
 
     Args:
-        spec: one or a list of: a tar's path; a brace pattern (`sa_{000000..000999}.tar`); a glob; an http(s) URL;
-            `pipe:COMMAND`, whose output is a tar; a folder. A folder that holds no image but tars stands for those.
+        spec: one or a list of: a tar's or a zip's path; a folder; a glob of tars, zips, folders or pictures; a brace
+            pattern (`sa_{000000..000999}.tar`); a URL that fsspec reads, also as a glob (`s3://bucket/*.tar`);
+            `pipe:COMMAND`, whose output is a tar. A folder that holds no picture but archives stands for those. What
+            is there under its name is no pattern.
+
+    Returns:
+        Paths, URLs and commands; pictures that a glob matches are one source, the glob.
 
     Raises:
-        InputError: a glob that matches nothing, or an empty spec.
+        InputError: a glob that matches nothing that can be read, or an empty spec.
     """
     sources: list[str] = []
-    for pattern in [spec] if isinstance(spec, str) else spec:
+    for given in [spec] if isinstance(spec, str) else spec:
+        pattern = os.path.expanduser(given)
+        if os.path.exists(pattern):
+            sources += _expand_local(pattern)
+            continue
         try:
             urls = expand_urls(pattern)
         except (ValueError, AssertionError) as error:
             raise InputError(f"no images: {pattern!r}: {first_line(error)}") from error
         for url in urls:
-            sources += [url] if is_remote(url) else _expand_local(url)
+            sources += expand_remote(url) if is_remote(url) else _expand_local(url)
     if not sources:
         raise InputError(f"no images: {spec!r} names no file")
     return list(dict.fromkeys(sources))
@@ -69,7 +78,7 @@ def pick_sources(sources: list[str], fraction: float) -> tuple[list[str], float]
     ranked = sorted(sources, key=lambda source: (stable_hash(_tar_name(source), "tar"), source))
     chosen = set(ranked[:count])
     picked = [source for source in sources if source in chosen]
-    missing = [source for source in picked if not is_remote(source) and not os.path.exists(source)]
+    missing = [s for s in picked if not (is_remote(s) or os.path.exists(s) or is_pattern(s))]
     if missing:
         first = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise InputError(f"no images: {len(missing)} of {len(picked)} chosen tars or folders do not exist: {first}")
@@ -92,7 +101,7 @@ def assign_sources(sources: list[str], rank: int, ranks: int, resumed: bool = Fa
         rank: of this process; ranks: how many there are.
         resumed: some images are there already, and nobody knows of which tars: then local tars are divided too.
     """
-    tars = [s for s in sources if not is_remote(s) and not os.path.isdir(s)]
+    tars = [s for s in sources if not is_remote(s) and not is_folder_like(s)]
     sizes = {tar: os.path.getsize(tar) for tar in tars}
     tars.sort(key=lambda tar: -sizes[tar])
     owners = _go_round(tars, ranks)
@@ -115,48 +124,22 @@ def _go_round(sources: list[str], ranks: int) -> dict[str, int]:
     return owners
 
 
-def is_remote(source: str) -> bool:
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", source) is not None
-
-
-def walk_images(root: str) -> Iterator[Path]:
-    """Image files below a folder, links followed once, in an order that does not depend on the file system."""
-    visited = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders.sort()
-        for name in sorted(files):
-            if suffix_of(Path(name)) in IMAGE_SUFFIXES and not is_hidden(name):
-                yield Path(folder, name)
-
-
-def relative_key(path: Path, root: str) -> str:
-    return path.relative_to(root).with_suffix("").as_posix()
-
-
-def suffix_of(path: Path) -> str:
-    return path.suffix.lower().removeprefix(".")
-
-
-def is_hidden(name: str) -> bool:
-    """Hidden files, the `._name` that macOS adds, and WebDataset's `__meta__` files are no samples."""
-    return os.path.basename(name).startswith((".", "__"))
-
-
 def _expand_local(path: str) -> list[str]:
-    if glob.has_magic(path) and not os.path.exists(path):
-        matches = sorted(glob.glob(path, recursive=True))
+    if is_pattern(path):
+        matches = top_matches(path)
         if not matches:
             raise InputError(f"no images: nothing matches {path!r}")
-        return matches
-    if os.path.isdir(path) and not any(True for _ in walk_images(path)):
-        tars = sorted(str(tar) for tar in Path(path).rglob("*.tar"))
-        if not tars:
-            raise InputError(f"no images: neither an image nor a tar below {path!r}")
-        return tars
+        pictures = [path] if any(is_picture(match) for match in matches) else []
+        others = [match for match in matches if is_archive(match) or os.path.isdir(match)]
+        found = pictures + [source for match in others for source in _expand_local(match)]
+        if not found:
+            raise InputError(f"no images: {path!r} matches neither picture, tar, zip nor folder, but {matches[0]}")
+        return found
+    if os.path.isdir(path) and not any(is_picture(str(file)) for file in walk_files(path)):
+        archives = sorted(str(file) for file in Path(path).rglob("*") if is_archive(file.name))
+        if not archives:
+            raise InputError(f"no images: neither an image nor a tar or zip below {path!r}")
+        return archives
     return [path]
 
 

@@ -12,7 +12,7 @@ from embeddings_cache.shards.format import (
     software_versions,
 )
 from embeddings_cache.shards.reader import EmbeddingsCache, held_out_keys, is_complete, keys_in, shard_paths
-from embeddings_cache.shards.space import check_space
+from embeddings_cache.shards.space import check_space, row_bytes
 from embeddings_cache.shards.verify import DamagedCache, verify_cache
 from embeddings_cache.shards.writer import ShardWriter
 
@@ -34,6 +34,7 @@ __all__ = [
     "keys_in",
     "read_info",
     "refuse_other_cache",
+    "row_bytes",
     "shard_paths",
     "software_versions",
     "verify_cache",

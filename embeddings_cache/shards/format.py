@@ -8,7 +8,7 @@ DIR/skipped.jsonl            key and reason of every sample that was passed over
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ RECIPE_KEYS = {
     "preprocess": "fingerprint of the preprocessing",
     "data_images": "data.images",
     "data_fraction": "data.fraction",
+    "data_annotations": "data.annotations",
 }
 """What a field of `CacheIdentity` is called where a person reads of it."""
 
@@ -52,6 +53,7 @@ class CacheIdentity:
     preprocess: str
     data_images: str
     data_fraction: float
+    data_annotations: str = ""
 
     def differences(self, other: "CacheIdentity") -> list[str]:
         """`key: mine, not theirs` for all that differs, in the recipe's words."""
@@ -65,13 +67,18 @@ class CacheIdentity:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """The content of `cache.json`."""
+    """The content of `cache.json`.
+
+    `noted` counts rows that there is something to know of, `left_out` the files that were no sample's, by kind.
+    """
 
     identity: CacheIdentity
     complete: bool
     images: int = 0
     skipped: int = 0
     shards: int = 0
+    noted: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data, with the format's name and the versions of the software that wrote it."""
@@ -91,7 +98,8 @@ def identity_of(values: Mapping[str, Any]) -> CacheIdentity:
     Raises:
         KeyError: a field is missing.
     """
-    values = {"teacher_dtype": "float32", **values}  # what it was before it could be chosen
+    # What they were before they could be chosen.
+    values = {"teacher_dtype": "float32", "data_annotations": "", **values}
     plain = {entry.name: values[entry.name] for entry in fields(CacheIdentity)}
     plain = {name: value.tolist() if hasattr(value, "tolist") else value for name, value in plain.items()}
     return CacheIdentity(**{**plain, "embedding_shape": tuple(plain["embedding_shape"])})
@@ -113,7 +121,8 @@ def read_info(directory: Path) -> CacheInfo | None:
         raise InputError(f"{path} is of version {content.get('version')}; this code reads version {VERSION}")
     try:
         counts = {name: content[name] for name in ("complete", "images", "skipped", "shards")}
-        return CacheInfo(identity_of(content["identity"]), **counts)
+        later = {name: content[name] for name in ("noted", "left_out") if name in content}
+        return CacheInfo(identity_of(content["identity"]), **counts, **later)
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error!r}") from error
 

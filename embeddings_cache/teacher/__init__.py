@@ -2,11 +2,19 @@
 
 from embeddings_cache.teacher.encoder import TEACHER_DTYPES, TeacherEncoder, resolve_dtype
 from embeddings_cache.teacher.loading import check_teacher, known_teachers, load_teacher, weights_sha256
-from embeddings_cache.teacher.toy import TOY_IMAGE_SIZE, WEIGHTS, build_toy_sam, load_toy_state, load_toy_teacher
+from embeddings_cache.teacher.toy import (
+    TOY_CHANNELS,
+    TOY_IMAGE_SIZE,
+    WEIGHTS,
+    build_toy_sam,
+    load_toy_state,
+    load_toy_teacher,
+)
 from embeddings_cache.teacher.vit import fuse_attention
 
 __all__ = [
     "TEACHER_DTYPES",
+    "TOY_CHANNELS",
     "TOY_IMAGE_SIZE",
     "WEIGHTS",
     "TeacherEncoder",

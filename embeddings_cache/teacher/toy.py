@@ -17,7 +17,7 @@ from torch import nn
 from embeddings_cache.images import PIXEL_MEAN, PIXEL_STD
 
 TOY_IMAGE_SIZE = 256
-CHANNELS = 128
+TOY_CHANNELS = 128
 WIDTH, DEPTH, HEADS = 192, 5, 6
 WINDOW = 8
 WEIGHTS = "toy_teacher.safetensors"
@@ -48,22 +48,22 @@ def build_toy_sam(image_size: int) -> Sam:
             embed_dim=WIDTH,
             depth=DEPTH,
             num_heads=HEADS,
-            out_chans=CHANNELS,
+            out_chans=TOY_CHANNELS,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             use_rel_pos=True,
             window_size=WINDOW,
             global_attn_indexes=tuple(range(1, DEPTH, 2)),
         ),
         prompt_encoder=PromptEncoder(
-            embed_dim=CHANNELS,
+            embed_dim=TOY_CHANNELS,
             image_embedding_size=(cells, cells),
             input_image_size=(image_size, image_size),
             mask_in_chans=16,
         ),
         mask_decoder=MaskDecoder(
             num_multimask_outputs=3,
-            transformer=TwoWayTransformer(depth=2, embedding_dim=CHANNELS, mlp_dim=512, num_heads=4),
-            transformer_dim=CHANNELS,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=TOY_CHANNELS, mlp_dim=512, num_heads=4),
+            transformer_dim=TOY_CHANNELS,
             iou_head_depth=3,
             iou_head_hidden_dim=128,
         ),

@@ -131,6 +131,19 @@ def test_the_resolved_recipe_reproduces_itself(tmp_path: Path) -> None:
     assert load_recipe([f"recipe={tmp_path / 'recipe.yaml'}"]) == recipe
 
 
+def test_home_is_what_a_tilde_says_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("data: {images: [~/a.tar, /b.tar]}\ncache: {dir: ~/cache}\nrun_dir: ~/run\n")
+    given = ["teacher.checkpoint=~/sam.pth", "image=~/photo.jpg", "evaluate.data=~/val", "checkpoint=~/s.safetensors"]
+    recipe = load_recipe(["recipe=~/mine.yaml", *given, "data.annotations=~/i.json", "student.pretrained=~/p.pth"])
+    assert (recipe.data.images, recipe.cache.dir) == ([f"{tmp_path}/a.tar", "/b.tar"], f"{tmp_path}/cache")
+    assert (recipe.run_dir, recipe.teacher.checkpoint) == (f"{tmp_path}/run", f"{tmp_path}/sam.pth")
+    assert (recipe.image, recipe.evaluate.data) == (f"{tmp_path}/photo.jpg", f"{tmp_path}/val")
+    assert (recipe.checkpoint, recipe.student.pretrained) == (f"{tmp_path}/s.safetensors", f"{tmp_path}/p.pth")
+    assert recipe.data.annotations == f"{tmp_path}/i.json"
+    assert load_recipe(["recipe=~/mine.yaml", "data.images=~/*.jpg"]).data.images == f"{tmp_path}/*.jpg"
+
+
 def test_yaml_leaves_words_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("data: {images: x}\ntrain: {mixed_precision: no}\nrun_dir: 2026-11-20\n")
     recipe = load_recipe([f"recipe={tmp_path / 'mine.yaml'}"])

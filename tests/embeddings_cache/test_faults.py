@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +18,15 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 import pytest
-from PIL import Image
 
 from caches import Make
 from embeddings_cache.images.scenes import write_scene_tar
 from embeddings_cache.shards import space
 from embeddings_cache.shards.format import CacheIdentity
 from embeddings_cache.shards.reader import EmbeddingsCache, shard_paths
-from pictures import ANNOTATION, encoded, write_tar
+from pictures import encoded, odd_files, write_tar, write_zip
 from students import InputError
-from support import ROOT
+from support import ROOT, TINY, Cli, places
 
 IMAGES = 120
 LONGEST = 160
@@ -280,47 +280,62 @@ def test_the_estimate_is_near_what_a_cache_takes(tmp_path: Path, cache_dir: Path
 
 
 def test_everything_that_may_be_fed_to_it(tmp_path: Path, make: Make) -> None:
-    """One tar of all that DESIGN lists; every sample is there or has its reason in skipped.jsonl."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    tar = write_tar(
-        tmp_path / "odd.tar",
-        [
-            ("./dotted.jpg", encoded(size=(60, 40))),
-            ("gray.png", encoded("PNG", "L")),
-            ("cmyk.jpg", encoded("JPEG", "CMYK")),
-            ("alpha.png", encoded("PNG", "RGBA")),
-            ("deep.png", encoded("PNG", "I;16")),
-            ("turned.jpg", encoded(exif=exif.tobytes())),
-            ("dot.png", encoded("PNG", size=(1, 1))),
-            ("wide.jpg", encoded(size=(20_000, 200))),
-            ("alone.jpg", encoded()),
-            ("both.jpg", encoded()),
-            ("both.json", ANNOTATION),
-            ("truncated.jpg", encoded(size=(400, 300))[:2000]),
-            ("thin.jpg", encoded(size=(20_000, 10))),
-            ("lonely.json", ANNOTATION),
-            ("gray.png", encoded("PNG", "L")),
-            ("last.jpg", encoded()),
-        ],
+    """One tar of all that people have; every file is a row, part of one, or has its reason."""
+    odd = odd_files()
+    tar = Path(
+        write_tar(tmp_path / "odd.tar", [*((name, content) for name, content, _ in odd), ("last.jpg", encoded())])
     )
-    content = Path(tar).read_bytes()
-    Path(tar).write_bytes(content[: content.index(b"last.jpg") + 700])  # cut short in the last image
-    with pytest.raises(InputError, match=r"5 of 15 samples are bad, more than data\.max_skipped=0\.01; the commonest"):
+    content = tar.read_bytes()
+    tar.write_bytes(content[: content.index(b"last.jpg") + 700])  # cut short in the last image
+    with pytest.raises(InputError, match=r"7 of \d+ samples are bad, more than data\.max_skipped=0\.01; the commonest"):
         make(tmp_path / "strict", tar=tar, max_skipped=0.01)
     info = make(tmp_path / "cache", tar=tar, max_skipped=0.5)
-    skipped = [json.loads(line) for line in (tmp_path / "cache" / "skipped.jsonl").read_text().splitlines()]
-    reasons = {Path(line["key"]).name: line["reason"] for line in skipped}
-    assert (info.images, info.skipped) == (10, 5)
-    assert "truncated" in reasons["truncated"]
-    assert "too elongated" in reasons["thin"]
-    assert "without image" in reasons["lonely"]
-    assert "seen before" in reasons["gray"]
-    assert "cut short" in reasons["odd.tar"]
+    outcomes = Counter(outcome for _, _, outcome in odd)
+    reasons = reasons_in(tmp_path / "cache" / "skipped.jsonl")
+    for name, _, outcome in odd:
+        if outcome not in ("row", "used", "noted", "left out"):
+            assert outcome in reasons.get(name, reasons.get(Path(name).stem, "")), name
+    assert "cut short" in reasons[str(tar)]
     rows = {row.key: row for row in EmbeddingsCache(tmp_path / "cache")}
-    assert rows["turned"].original_size == (40, 30)
+    assert len(rows) == info.images == outcomes["row"]
+    assert sum(row.annotation is not None for row in rows.values()) == outcomes["used"]
+    assert (
+        len(reasons_in(tmp_path / "cache" / "notes.jsonl")) == info.noted == outcomes["noted"] + 1
+    )  # and a dark picture
+    assert sum(info.left_out.values()) == outcomes["left out"]
+    told = outcomes["row"] + outcomes["used"] + outcomes["noted"] + sum(info.left_out.values()) + info.skipped - 1
+    assert told == len(odd)
+    assert rows["turned"].original_size == rows["unwritable"].original_size == (40, 30)
     assert rows["dot"].input_size == (128, 128)
     assert rows["wide"].input_size == (1, 128)
-    assert (rows["both"].annotation is None, rows["alone"].annotation is None) == (False, True)
     assert all(np.isfinite(row.embedding).all() for row in rows.values())
-    assert len(rows) == 10
+
+
+def reasons_in(path: Path) -> dict[str, str]:
+    return {line["key"]: line["reason"] for line in map(json.loads, path.read_text().splitlines())}
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_runs_over_everything_odd(tmp_path: Path, cli: Cli) -> None:
+    """One command, from a tar, a zip and a folder of the same, each with keys of its own."""
+    odd = [(name, content, outcome) for name, content, outcome in odd_files() if outcome != "seen before"]
+    write_tar(tmp_path / "a.tar", [(f"tar/{name.removeprefix('./')}", content) for name, content, _ in odd])
+    write_zip(tmp_path / "b.zip", {f"zip/{name}": content for name, content, _ in odd})
+    for name, content, _ in odd:
+        path = tmp_path / "photos" / "folder" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    images = f"[{tmp_path}/a.tar, {tmp_path}/b.zip, {tmp_path}/photos]"
+    result = cli(*TINY, *places(tmp_path, images), "data.max_skipped=0.5", "train.loss={mse: 1.0, mask: 0.1}")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "report" / "index.html").exists()
+    info = json.loads((tmp_path / "cache" / "cache.json").read_text())
+    by_name = Counter(outcome for _, _, outcome in odd)
+    # A folder has no keys that stop at a dot: there `map.seg.png` and the two ambiguous ones are pictures like others,
+    # and an annotation without picture is a file like others.
+    assert info["images"] == 3 * by_name["row"] + 3
+    assert sum(info["left_out"].values()) == 3 * by_name["left out"]
+    assert info["skipped"] == 2 * 5 + 2
+    files = 3 * len(odd)
+    annotations = 3 * (by_name["used"] + by_name["noted"])
+    assert info["images"] + annotations + sum(info["left_out"].values()) + info["skipped"] == files

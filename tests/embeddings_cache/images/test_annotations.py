@@ -4,31 +4,13 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from embeddings_cache.images.annotations import (
-    bounding_box,
-    center_point,
-    decode_masks,
-    decode_rle,
-    encode_rle,
-    usable_annotation,
-)
+from embeddings_cache.images.annotations import bounding_box, center_point, decode_masks, usable_annotation
+from embeddings_cache.images.rle import encode_rle
 
 
 def disk(height: int = 40, width: int = 60, x: int = 20, y: int = 15, radius: int = 8) -> np.ndarray:
     rows, columns = np.mgrid[:height, :width]
     return (rows - y) ** 2 + (columns - x) ** 2 <= radius**2
-
-
-def test_masks_survive_rle() -> None:
-    mask = disk()
-    assert np.array_equal(decode_rle(json.loads(json.dumps(encode_rle(mask)))), mask)
-
-
-def test_uncompressed_rle_is_read_too() -> None:
-    mask = np.zeros((3, 4), bool)
-    mask[1:, 1] = True
-    # Column-major runs: 4 outside, 2 inside, 6 outside.
-    assert np.array_equal(decode_rle({"size": [3, 4], "counts": [4, 2, 6]}), mask)
 
 
 def test_center_point_is_deepest_inside() -> None:
@@ -69,16 +51,48 @@ def test_empty_masks_are_left_out() -> None:
     ],
 )
 def test_json_of_other_kinds_is_no_annotation(text: str) -> None:
-    assert usable_annotation(text.encode(), (40, 60)) is None
+    told: list[str] = []
+    assert usable_annotation(text.encode(), (40, 60), told.append) is None
+    assert told == ["annotation not used: it lists no masks as SA-1B does"]
 
 
 def test_masks_must_have_the_images_size() -> None:
     text = json.dumps({"annotations": [{"segmentation": encode_rle(disk())}]})
-    assert usable_annotation(text.encode(), (40, 60)) == text
-    with pytest.raises(ValueError, match=r"annotated at \[40, 60\], the image has \[20, 30\]"):
-        usable_annotation(text.encode(), (20, 30))
+    told: list[str] = []
+    assert usable_annotation(text.encode(), (40, 60), told.append) == text
+    assert usable_annotation(text.encode(), (20, 30), told.append) is None
+    assert told == ["annotation not used: annotated at [40, 60], the image has [20, 30] (height, width)"]
 
 
-def test_what_is_not_json_is_an_error() -> None:
-    with pytest.raises(ValueError, match="Expecting"):
-        usable_annotation(b"{not json", (1, 1))
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_byte_order_marks_and_wide_text_are_read(encoding: str) -> None:
+    text = json.dumps({"image": {"file_name": "café.jpg"}, "annotations": [{"segmentation": encode_rle(disk())}]})
+    assert usable_annotation(text.encode(encoding), (40, 60), pytest.fail) == text
+
+
+@pytest.mark.parametrize(
+    ("encoded", "reason"),
+    [
+        (b"{not json", "not JSON: Expecting property name"),
+        (b"", "it is empty"),
+        (b" \n", "it is empty"),
+        (b'{"annotations": []}\n{"annotations": []}\n', "not JSON: Extra data"),
+        ('{"caption": "ein Gr\u00fc\u00df"}'.encode("latin-1"), "not utf-8"),
+        (b"[" * 100_000, "recursion"),
+    ],
+)
+def test_what_cannot_be_read_is_told_of(encoded: bytes, reason: str) -> None:
+    told: list[str] = []
+    assert usable_annotation(encoded, (1, 1), told.append) is None
+    assert len(told) == 1
+    assert told[0].startswith("annotation not used: ")
+    assert reason in told[0]
+
+
+def test_a_mask_that_is_none_costs_itself() -> None:
+    bad = {"size": [40, 60], "counts": "02"}
+    entries = [{"id": 1, "segmentation": encode_rle(disk())}, {"id": 2, "segmentation": bad}]
+    told: list[str] = []
+    text = usable_annotation(json.dumps({"annotations": entries}).encode(), (40, 60), told.append)
+    assert [entry["id"] for entry in json.loads(text or "")["annotations"]] == [1]
+    assert told == ["a mask not used: an RLE of 2 pixels for 40×60"]

@@ -1,3 +1,6 @@
+import bz2
+import gzip
+import lzma
 from collections import Counter
 from pathlib import Path
 
@@ -5,7 +8,7 @@ import pytest
 
 from embeddings_cache.images.samples import read_images
 from embeddings_cache.images.sources import assign_sources, expand_sources, keep_key, pick_sources
-from pictures import encoded, read, write_tar
+from pictures import ANNOTATION, encoded, left_out, read, write_tar, write_zip
 from students import InputError
 
 
@@ -30,6 +33,70 @@ def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path, pattern: str
 def test_a_broken_pattern_is_named(pattern: str) -> None:
     with pytest.raises(InputError, match=r"no images: 'x/"):
         expand_sources(pattern)
+
+
+def test_a_glob_of_pictures_is_one_place(tmp_path: Path) -> None:
+    for name in ("b/1.jpg", "a/2.PNG", "a/notes.txt", "a/1.jpg", "c.zip/x.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encoded("PNG" if name.endswith("PNG") else "JPEG"))
+    (tmp_path / "a" / "1.json").write_bytes(ANNOTATION)
+    pattern = f"{tmp_path}/*/*.jpg"
+    assert expand_sources(pattern) == [pattern]
+    samples, skipped = read(pattern)
+    assert [(s.key, s.annotation is not None) for s in samples] == [("a/1", True), ("b/1", False), ("c.zip/x", False)]
+    assert skipped == {}
+    one = str(tmp_path / "a" / "1.jpg")
+    assert expand_sources(one) == [one]
+    assert [(s.key, s.annotation is not None) for s in read(one)[0]] == [("1", True)]
+    assert pick_sources([pattern, one], 1.0)[0] == [pattern, one]
+    assert [share.parts for share in assign_sources([pattern], 0, 2)] == [2]
+    with pytest.raises(InputError, match=r"matches neither picture, tar, zip nor folder, but .*notes\.txt"):
+        expand_sources(f"{tmp_path}/a/*.txt")
+
+
+def test_a_glob_takes_what_is_nested_once(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "2024").mkdir(parents=True)
+    (tmp_path / "photos" / "2024" / "a.jpg").write_bytes(encoded())
+    (tmp_path / "photos" / "b.jpg").write_bytes(encoded())
+    write_zip(tmp_path / "more.zip", {"c.jpg": encoded()})
+    samples, skipped = read(*(sources := expand_sources(f"{tmp_path}/**")))
+    assert sorted(sample.key for sample in samples) == ["photos/2024/a", "photos/b"]
+    assert (skipped, left_out(*sources)) == ({}, {".zip": 1})  # as in a folder of photographs
+    samples, skipped = read(*expand_sources(f"{tmp_path}/*"))
+    assert sorted(sample.key for sample in samples) == ["2024/a", "b", "c"]
+    assert skipped == {}
+
+
+def test_archives_of_every_kind_in_a_folder(tmp_path: Path) -> None:
+    path = Path(write_tar(tmp_path / "a.tar", {"a.jpg": encoded()}))
+    for suffix, module in (("tar.gz", gzip), ("tgz", gzip), ("tar.bz2", bz2), ("tar.xz", lzma)):
+        content = Path(write_tar(tmp_path / "x", {f"{suffix}.jpg": encoded()})).read_bytes()
+        (tmp_path / f"b.{suffix}").write_bytes(module.compress(content))
+    (tmp_path / "x").unlink()
+    write_zip(tmp_path / "z.zip", {"z.jpg": encoded()})
+    samples, skipped = read(*expand_sources(str(tmp_path)))
+    assert [sample.key for sample in samples] == ["a", "tar.bz2", "tar.gz", "tar.xz", "tgz", "z"]
+    assert skipped == {}
+    assert path.exists()
+
+
+@pytest.mark.parametrize("name", ["a{1,2}", "photos [2024]", "what*?"])
+def test_a_folder_is_what_it_is_called(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "1.jpg").write_bytes(encoded())
+    assert expand_sources(str(folder)) == [str(folder)]
+    assert [sample.key for sample in read(str(folder))[0]] == ["1"]
+    (folder / "1.jpg").rename(tmp_path / "1.jpg")
+    write_tar(folder / "x.tar", {"2.jpg": encoded()})
+    assert [sample.key for sample in read(*expand_sources(str(folder)))[0]] == ["2"]
+
+
+def test_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "1.jpg").write_bytes(encoded())
+    assert expand_sources("~") == [str(tmp_path)]
+    assert expand_sources("~/*.jpg") == [f"{tmp_path}/*.jpg"]
 
 
 def test_a_source_named_twice_is_read_once(tmp_path: Path) -> None:

@@ -1,19 +1,18 @@
 import gzip
-import http.server
 import io
-import shutil
+import json
 import tarfile
-import threading
-from collections.abc import Iterator
-from functools import partial
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from embeddings_cache.images.samples import count_images
+from embeddings_cache.images.rle import encode_rle
 from embeddings_cache.images.sources import expand_sources
-from pictures import ANNOTATION, encoded, read, write_tar
+from embeddings_cache.images.survey import look_through
+from pictures import ANNOTATION, encoded, left_out, read, write_tar, write_zip
 from students import InputError
 
 
@@ -32,25 +31,6 @@ def test_a_pipe_and_a_pipe_with_braces(tmp_path: Path) -> None:
     sources = expand_sources(f"pipe:cat {tmp_path}/sa_{{0..1}}.tar")
     assert sources == [f"pipe:cat {tmp_path}/sa_{n}.tar" for n in (0, 1)]
     assert [sample.key for sample in read(*sources)[0]] == ["sa_0", "sa_1"]
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
-    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_address[1]}"
-        httpd.shutdown()
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="WebDataset reads http through curl")
-def test_http(tmp_path: Path, server: str) -> None:
-    write_tar(tmp_path / "sa_0.tar", {"sa_0.jpg": encoded(), "sa_0.json": ANNOTATION})
-    (sample,), skipped = read(f"{server}/sa_0.tar")
-    assert (sample.key, sample.annotation, skipped) == ("sa_0", ANNOTATION.decode(), {})
-    with pytest.raises(InputError, match=r"cannot read .*/missing\.tar"):
-        read(f"{server}/missing.tar")
 
 
 def damage(data: bytes, kind: str) -> bytes:
@@ -96,21 +76,75 @@ def test_what_is_no_tar_at_all_stops_the_run(tmp_path: Path) -> None:
         read(str(tmp_path / "a.tar"))
 
 
-def test_files_of_a_sample_that_lie_apart_are_told_of(tmp_path: Path) -> None:
-    names = [f"{n}.{suffix}" for suffix in ("jpg", "json") for n in range(3)]
-    tar = write_tar(tmp_path / "x.tar", {name: encoded() if "jpg" in name else ANNOTATION for name in names})
-    samples, skipped = read(tar)
+SMALL = json.dumps({"annotations": [{"segmentation": encode_rle(np.eye(8, dtype=bool))}]}).encode()
+"""For a picture of 8×8 px."""
+REPACKED = {
+    f"{n}.{suffix}": encoded() if suffix == "jpg" else ANNOTATION for suffix in ("jpg", "json") for n in range(3)
+}
+"""What `tar cf x.tar *.jpg *.json` packs: all pictures, then all annotations."""
+
+
+@pytest.mark.parametrize("write", [write_tar, write_zip])
+def test_a_repacked_archive_keeps_its_annotations(write: Callable[..., str], tmp_path: Path) -> None:
+    archive = write(tmp_path / ("x.zip" if write is write_zip else "x.tar"), REPACKED)
+    samples, skipped = read(archive)
+    assert [sample.annotation for sample in samples] == [ANNOTATION.decode()] * 3
+    assert skipped == {}
+
+
+def test_what_can_only_be_read_from_front_to_back_says_what_lies_apart(tmp_path: Path) -> None:
+    path = Path(write_tar(tmp_path / "x.tar", REPACKED))
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    samples, skipped = read(str(path))
     assert [sample.annotation for sample in samples] == [None] * 3
     assert all("its image lies elsewhere" in reason for reason in skipped.values())
     assert len(skipped) == 3
+    assert f"in {path} annotations lie apart from their images" in str(look_through([str(path)], lambda key: True))
 
 
-def test_dots_in_a_tars_names_are_told_of(tmp_path: Path) -> None:
-    tar = write_tar(tmp_path / "x.tar", {"IMG.2020.01.jpg": encoded()})
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.tgz", "x.zip"])
+def test_names_with_dots_are_names(name: str, tmp_path: Path) -> None:
+    """As cameras give them: WebDataset would take what follows the first dot for the kind of file."""
+    names = [f"cam1.{n:05d}.jpg" for n in range(100)] + ["IMG_2024.01.05.jpg", "a/b.c/plain.jpg"]
+    files = {}
+    for name_of_picture in names:
+        files[name_of_picture] = encoded(size=(8, 8))
+        files[name_of_picture.replace(".jpg", ".json")] = SMALL
+    path = Path(write_zip(tmp_path / name, files) if name.endswith("zip") else write_tar(tmp_path / name, files))
+    if "gz" in name:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    samples, skipped = read(str(path))
+    assert sorted(sample.key for sample in samples) == sorted(name.removesuffix(".jpg") for name in names)
+    assert all(sample.annotation == SMALL.decode() for sample in samples)
+    assert skipped == {}
+    assert look_through([str(path)], lambda key: True).images == {".jpg": len(names)}
+
+
+def test_names_that_may_mean_two_things_are_counted_one_by_one(tmp_path: Path) -> None:
+    pictures = ["0001.img.png", "0001.seg.png", "0002.img.png", "0002.seg.png"]
+    tar = write_tar(tmp_path / "x.tar", dict.fromkeys(pictures, encoded("PNG")) | {"0001.json": ANNOTATION})
     samples, skipped = read(tar)
     assert samples == []
-    assert "WebDataset splits names at the first dot" in skipped["IMG"]
-    assert count_images([tar], lambda key: True) == 0
+    assert sorted(skipped) == pictures
+    assert "which is the picture of 0001, 0001.img.png or 0001.seg.png?" in skipped["0001.seg.png"]
+    assert left_out(tar) == {".json": 1}
+
+
+def test_an_only_picture_with_a_word_in_its_name_has_the_keys_annotation(tmp_path: Path) -> None:
+    (sample,), skipped = read(write_tar(tmp_path / "x.tar", {"0001.img.png": encoded("PNG"), "0001.json": ANNOTATION}))
+    assert (sample.key, sample.annotation, skipped) == ("0001.img", ANNOTATION.decode(), {})
+
+
+def test_a_zip_with_damage_or_a_password_costs_single_images(tmp_path: Path) -> None:
+    path = Path(write_zip(tmp_path / "x.zip", {f"{n}.jpg": encoded() for n in range(3)}))
+    with zipfile.ZipFile(path) as archive:
+        first = archive.infolist()[0].header_offset
+    data = bytearray(path.read_bytes())
+    data[first + 200] ^= 255
+    path.write_bytes(data)
+    samples, skipped = read(str(path))
+    assert [sample.key for sample in samples] == ["1", "2"]
+    assert "damaged in the zip" in skipped["0"]
 
 
 def test_any_webdataset_tar_will_do(tmp_path: Path) -> None:
@@ -132,3 +166,4 @@ def test_any_webdataset_tar_will_do(tmp_path: Path) -> None:
         ("train/0002", (30, 40), None),
     ]
     assert skipped == {}
+    assert left_out(tar) == {".txt": 1, ".md": 1, "pictures beside another of the same name": 1}
