@@ -26,8 +26,11 @@ python distill.py stage=export checkpoint=FILE [export.formats='[onnx, coreml, .
 Distil a SAM's image encoder. Runs all stages, each only as far as its result is missing;
 the same command goes on after any interruption. `python distill.py` does the same in one process."""
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""What a disk says that is full, over quota, or not ours to write to."""
+SYSTEM_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE,
+    errno.EIO, errno.ESTALE, errno.ENOLCK,
+)  # fmt: skip
+"""What a disk says that is full, over quota, not ours or gone, and a system that opens no more files."""
 
 OTHERS_WAIT = 5.0
 """Seconds that a process other than the main one waits before it reports what stopped it."""
@@ -48,7 +51,7 @@ def main(arguments: list[str]) -> int:
         print(f"distill.py: {f'process {rank}: ' if rank else ''}{error}", file=sys.stderr)
         return 2
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in SYSTEM_ERRORS:
             raise
         where = f": {error.filename}" if error.filename else ""
         print(f"distill.py: {error.strerror}{where}; the same command goes on from here", file=sys.stderr)

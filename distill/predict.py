@@ -7,25 +7,33 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from PIL import Image
-from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from distill.evaluate.masks import load_sams
-from distill.pictures import draw_prompts, overlay
+from distill.mask_generator import BoundedMaskGenerator
+from distill.pictures import draw_prompts, paint
+from distill.reading import reading_of
 from distill.recipe import Recipe
 from distill.run import other_teacher
 from distill.schema import PredictRecipe, numbers
-from embeddings_cache.images import bounding_box, decode_image, encode_rle, reason_of, resize_longest_side
+from embeddings_cache.images import bounding_box, decode_image, decode_rle, encode_rle, reason_of, resized_shape
 from embeddings_cache.system import whole_file, write_json
 from students import InputError
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One mask: boolean (H, W) at the photograph's size, and the IoU that the decoder expects it to have."""
+    """One mask at the photograph's size as COCO's RLE, for there may be hundreds, and the IoU that the decoder expects
+    it to have."""
 
-    mask: np.ndarray
+    segmentation: dict[str, Any]
     predicted_iou: float
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Boolean (H, W)."""
+        return decode_rle(self.segmentation)
 
 
 def predict(recipe: Recipe, accelerator: Accelerator) -> bool:
@@ -72,8 +80,8 @@ def read_photograph(recipe: Recipe) -> np.ndarray:
     if path is None:
         raise InputError("stage=predict needs a photograph: image=FILE")
     try:
-        image = decode_image(Path(path).read_bytes())
-        resize_longest_side(image, recipe.image_size)
+        image = decode_image(Path(path).read_bytes(), reading_of(recipe))
+        resized_shape((image.shape[0], image.shape[1]), recipe.image_size)
     except FileNotFoundError:
         raise InputError(f"image={path}: no such file") from None
     except Exception as error:  # Pillow lets many kinds through
@@ -109,12 +117,12 @@ def from_prompts(sam: Sam, image: np.ndarray, points: np.ndarray | None, box: np
         multimask_output=ambiguous,
     )
     best = int(np.argmax(ious))
-    return Prediction(masks[best], float(ious[best]))
+    return Prediction(encode_rle(masks[best]), float(ious[best]))
 
 
 def everything(sam: Sam, image: np.ndarray, settings: PredictRecipe) -> list[Prediction]:
     """All masks that segment-anything's own generator keeps, the largest first."""
-    found = SamAutomaticMaskGenerator(sam, **vars(settings)).generate(image)
+    found = BoundedMaskGenerator(sam, **vars(settings), output_mode="coco_rle").generate(image)
     found.sort(key=lambda entry: -entry["area"])
     return [Prediction(entry["segmentation"], float(entry["predicted_iou"])) for entry in found]
 
@@ -125,22 +133,24 @@ def write_prediction(
     """Write mask, overlay and JSON as STEM-mask.png, STEM-overlay.png and STEM.json."""
     prompted = points is not None or box is not None
     labels = np.zeros(image.shape[:2], dtype=np.uint8 if prompted else np.uint16)
-    for number, prediction in enumerate(found, start=1):
-        labels[prediction.mask] = 255 if prompted else number
-    picture = draw_prompts(overlay(image, [prediction.mask for prediction in found]), points, box)
+    picture, described = image.copy(), []
+    for number, prediction in enumerate(found):
+        mask = prediction.mask
+        labels[mask] = 255 if prompted else number + 1
+        paint(picture, mask, number)
+        described.append(
+            {
+                "predicted_iou": prediction.predicted_iou,
+                "area": int(mask.sum()),
+                "box": bounding_box(mask) if mask.any() else None,
+                "segmentation": prediction.segmentation,
+            }
+        )
+    picture = draw_prompts(picture, points, box)
     paths = [stem.with_name(f"{stem.name}-{kind}.png") for kind in ("mask", "overlay")]
     for path, content in zip(paths, (labels, picture), strict=True):
         with whole_file(path) as temporary:
             Image.fromarray(content).save(temporary, format="PNG")
-    described: list[dict[str, Any]] = [
-        {
-            "predicted_iou": prediction.predicted_iou,
-            "area": int(prediction.mask.sum()),
-            "box": bounding_box(prediction.mask) if prediction.mask.any() else None,
-            "segmentation": encode_rle(prediction.mask),
-        }
-        for prediction in found
-    ]
     json_path = stem.with_name(f"{stem.name}.json")
     prompts = {
         "point": points.tolist() if points is not None else None,

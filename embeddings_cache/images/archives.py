@@ -38,7 +38,7 @@ def is_archive(path: str) -> bool:
 
 def is_stream(source: str) -> bool:
     """Whether an archive can only be read from front to back: it is remote, or a tar that is compressed as a whole."""
-    return is_remote(source) or not (zipfile.is_zipfile(source) or _is_plain_tar(source))
+    return is_remote(source) or not (_is_plain_tar(source) or zipfile.is_zipfile(source))
 
 
 @contextmanager
@@ -52,7 +52,7 @@ def open_members(path: str, damaged: Callable[[str], None]) -> Iterator[list[Mem
     Raises:
         InputError: it cannot be opened at all.
     """
-    opened = _open_zip(path) if zipfile.is_zipfile(path) else _open_plain_tar(path, damaged)
+    opened = _open_plain_tar(path, damaged) if _is_plain_tar(path) else _open_zip(path)
     with opened as members:
         yield members
 
@@ -82,7 +82,7 @@ def first_names(path: str, most: int) -> tuple[list[str], float]:
     Of a damaged one what can be listed: reading it will say what is wrong, and stop or go on.
     """
     names: list[str] = []
-    if zipfile.is_zipfile(path):
+    if not is_stream(path) and not _is_plain_tar(path):
         with suppress(*ZIP_ERRORS), zipfile.ZipFile(path) as archive:
             names = [_without_dot(member.filename) for member in archive.infolist() if not member.is_dir()]
         return names, 1.0
@@ -96,6 +96,7 @@ def first_names(path: str, most: int) -> tuple[list[str], float]:
 
 
 def _is_plain_tar(path: str) -> bool:
+    """To be asked first: a tar that ends with a zip looks like a zip."""
     try:
         with tarfile.open(path, "r:"):
             return True

@@ -1,6 +1,7 @@
 """Reading a cache: rows by number, in any order, from any process."""
 
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,11 +13,12 @@ import numpy as np
 
 from embeddings_cache.shards.codec import CacheRow, decode_embedding
 from embeddings_cache.shards.format import CacheIdentity, CacheInfo, identity_of, read_info
+from embeddings_cache.shards.trouble import damage_of, open_shard, passing_trouble
 from embeddings_cache.system import stable_hash
-from students import InputError, first_line
+from students import InputError
 
-FEWEST_FILES_OPEN = 64
-"""Shards that a process may hold open on any system; more where it allows more."""
+FILES_OPEN = 4096
+"""Shards that a process holds open at most where the system sets no limit."""
 
 
 class EmbeddingsCache(Sequence[CacheRow]):
@@ -90,6 +92,7 @@ class EmbeddingsCache(Sequence[CacheRow]):
         try:
             yield
         except (OSError, LookupError, ValueError, RuntimeError) as error:
+            refuse_for_now(self.shards[shard], error)
             raise InputError(
                 f"{self.shards[shard]} is damaged in row {row}: {damage_of(error)}. stage=verify finds all damage"
             ) from error
@@ -115,7 +118,7 @@ class OpenShard:
     """
 
     def __init__(self, path: Path) -> None:
-        self.file = h5py.File(path, "r")
+        self.file = open_shard(path)
         self.embeddings, self.images, self.annotations = (
             _Rows(self.file[name]) for name in ("embeddings", "images", "annotations")
         )
@@ -167,18 +170,14 @@ def held_out_keys(keys: Sequence[str], count: int) -> set[str]:
 
 def files_open_at_most() -> int:
     """Half of the files that the system lets this process open: 512 on most, more than 1 % of SA-1B has shards."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return FEWEST_FILES_OPEN
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return max(FEWEST_FILES_OPEN, soft // 2) if soft != resource.RLIM_INFINITY else 4096
+    return max(1, soft // 2) if soft != resource.RLIM_INFINITY else FILES_OPEN
 
 
-def damage_of(error: Exception) -> str:
-    """What h5py means, in a line."""
-    line = first_line(error)
-    return "its checksum does not hold" if "filter returned failure" in line else line
+def refuse_for_now(shard: Path, error: Exception) -> None:
+    """Raise `InputError` where what keeps a shard from being read is not the shard."""
+    if trouble := passing_trouble(error):
+        raise InputError(f"{shard} cannot be read now: {trouble}. The same command goes on from here") from error
 
 
 def is_complete(directory: Path, info: CacheInfo) -> bool:
@@ -198,12 +197,14 @@ def keys_in(shard: Path, identity: CacheIdentity) -> list[str]:
         InputError: the file is damaged, or of another cache.
     """
     try:
-        with h5py.File(shard, "r") as file:
+        with open_shard(shard) as file:
             differences = identity_of(file.attrs).differences(identity)
             keys = [key.decode() for key in file["keys"][:]]
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        refuse_for_now(shard, error)
         raise InputError(
-            f"{shard} is damaged; remove it and run stage=precompute again: {first_line(error)}"
+            f"{shard} is damaged: {damage_of(error)}. verify.drop=true of stage=verify puts it aside, and "
+            "stage=precompute makes its rows again"
         ) from error
     if differences:
         raise InputError(f"{shard} is of another cache: {'; '.join(differences)}")

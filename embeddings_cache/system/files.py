@@ -1,16 +1,22 @@
 """Files that are whole or absent, and directories that one run owns at a time."""
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from students import InputError
+
+UNSUPPORTED = frozenset(
+    {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOLCK, errno.ENOTTY}
+)
+"""What file systems say (SMB, FUSE, some NFS) that cannot lock a file, or flush a directory."""
 
 TEMPORARY = ".tmp-"
 """Prefix of what is not finished yet; whatever a crash leaves behind carries it."""
@@ -73,16 +79,46 @@ def sole_user(directory: Path, rank: int = 0) -> Iterator[None]:
         InputError: another process holds it.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(directory / (f".lock-{rank}" if rank else ".lock"), timeout=0):
-            yield
-    except Timeout:
-        raise InputError(f"{directory} is in use by another run") from None
+    path = directory / (f".lock-{rank}" if rank else ".lock")
+    with ExitStack() as held:
+        try:
+            held.enter_context(_lock(path))
+        except Timeout:
+            raise InputError(f"{directory} is in use by another run") from None
+        yield
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """The system's lock on a file; where the file system has none, a file that says which process made it.
+
+    What a killed process leaves of the latter is taken over on the same machine.
+
+    Raises:
+        Timeout: another process holds it.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(FileLock(path, timeout=0))
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            held.enter_context(SoftFileLock(path.with_name(f"{path.name}.pid"), timeout=0))
+        yield
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush to disk; a file system that cannot be asked to, for directories above all, does it in its own time."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
     finally:
         os.close(descriptor)

@@ -1,22 +1,27 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from segment_anything import SamPredictor
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 
+from distill import mask_generator
 from distill.launch import create_accelerator
 from distill.main import main
+from distill.mask_generator import BoundedMaskGenerator
 from distill.predict import Prediction, everything, write_prediction
 from distill.recipe import load_recipe
 from distill.run import claim_run_dir
 from distill.train import train
-from embeddings_cache.images.annotations import decode_rle
+from embeddings_cache.images.rle import decode_rle, encode_rle
 from embeddings_cache.images.scenes import generate_scene
 from embeddings_cache.teacher.loading import load_teacher
 from students import build_student_sam, load_student, save_student
-from support import TINY, Cli, places
+from support import ROOT, TINY, Cli, places
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +99,49 @@ def test_without_prompts_everything_is_segmented(photo: Path) -> None:
     assert np.median(best) > 0.7
 
 
+@pytest.mark.parametrize(
+    ("settings", "masks"),
+    [
+        ({}, range(2, 100)),
+        ({"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0}, range(50, 1000)),
+        ({"crop_n_layers": 1, "points_per_side": 8}, range(2, 100)),
+        ({"pred_iou_thresh": 1.5}, range(1)),
+    ],
+)
+def test_everything_is_what_segment_anything_finds(
+    settings: dict[str, float], masks: range, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, however few masks are enlarged at once."""
+    image, sam = generate_scene(np.random.default_rng(5), 300)[0], load_teacher("toy", None, 256)
+    options = {"points_per_side": 16, "output_mode": "coco_rle", **settings}
+    expected = SamAutomaticMaskGenerator(sam, **options).generate(image)
+    assert len(expected) in masks
+    assert BoundedMaskGenerator(sam, **options).generate(image) == expected
+    monkeypatch.setattr(mask_generator, "AT_ONCE", 1)
+    assert BoundedMaskGenerator(sam, **options).generate(image) == expected
+
+
+@pytest.mark.slow
+def test_everything_in_a_large_photograph_takes_little_memory(run: Path, tmp_path: Path) -> None:
+    """24 megapixels. All masks of 64 points at once would take 18 GB."""
+    Image.fromarray(generate_scene(np.random.default_rng(5), 300)[0]).resize((6000, 4000)).save(tmp_path / "large.jpg")
+    command = [sys.executable, "distill.py", "stage=predict", f"run_dir={run}", f"image={tmp_path / 'large.jpg'}"]
+    process = subprocess.Popen([*command, "predict.points_per_side=4", "predict.pred_iou_thresh=0.5"], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert usage.ru_maxrss * 1024 < 1.6e9
+    assert len(json.loads((run / "predict" / "large.json").read_text())["masks"]) > 1
+
+
+def test_a_photograph_of_too_many_pixels_is_named(run: Path, photo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stage=predict", f"run_dir={run}", f"image={photo}", "data.max_pixels=10000"]) == 2
+    assert "px are more than data.max_pixels=10000" in capsys.readouterr().err
+
+
 def test_all_masks_go_into_one_picture(tmp_path: Path) -> None:
     masks = np.zeros((3, 20, 30), dtype=bool)
     masks[0, :15], masks[1, 5:10, 5:10], masks[2, 18:] = True, True, True
-    found = [Prediction(mask, 0.9 - 0.1 * number) for number, mask in enumerate(masks)]
+    found = [Prediction(encode_rle(mask), 0.9 - 0.1 * number) for number, mask in enumerate(masks)]
     image = np.full((20, 30, 3), 128, dtype=np.uint8)
     mask_path, _, json_path = write_prediction(tmp_path / "x", image, found, None, None)
     with Image.open(mask_path) as picture:

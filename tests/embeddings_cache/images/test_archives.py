@@ -135,6 +135,15 @@ def test_an_only_picture_with_a_word_in_its_name_has_the_keys_annotation(tmp_pat
     assert (sample.key, sample.annotation, skipped) == ("0001.img", ANNOTATION.decode(), {})
 
 
+def test_a_tar_that_ends_with_a_zip_is_a_tar(tmp_path: Path) -> None:
+    inner = Path(write_zip(tmp_path / "inner.zip", {"b.jpg": encoded()})).read_bytes()
+    tar = write_tar(tmp_path / "x.tar", {"a.jpg": encoded(), "inner.zip": inner})
+    assert zipfile.is_zipfile(tar)
+    assert [sample.key for sample in read(tar)[0]] == ["a"]
+    assert left_out(tar) == {".zip": 1}
+    assert look_through([tar], lambda key: True).total == 1
+
+
 def test_a_zip_with_damage_or_a_password_costs_single_images(tmp_path: Path) -> None:
     path = Path(write_zip(tmp_path / "x.zip", {f"{n}.jpg": encoded() for n in range(3)}))
     with zipfile.ZipFile(path) as archive:

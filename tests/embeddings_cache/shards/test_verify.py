@@ -1,10 +1,16 @@
+import errno
+import fcntl
 import json
+import os
 import re
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -14,11 +20,12 @@ from segment_anything.modeling import Sam
 
 from caches import Make, flip_a_bit
 from embeddings_cache.embed import embed_again
+from embeddings_cache.shards import trouble, verify
 from embeddings_cache.shards.format import CacheIdentity
-from embeddings_cache.shards.reader import EmbeddingsCache, shard_paths
+from embeddings_cache.shards.reader import EmbeddingsCache, keys_in, shard_paths
 from embeddings_cache.shards.verify import DamagedCache, Embed, verify_cache
 from embeddings_cache.teacher.encoder import TeacherEncoder
-from students import InputError
+from students import CheckFailed, InputError
 
 
 @pytest.fixture
@@ -45,17 +52,96 @@ def test_one_flipped_bit_is_found_dropped_and_made_again(
     flip_a_bit(shard_paths(copy)[1], 4)
     with pytest.raises(InputError, match=r"shard-00000-00001\.h5 is damaged in row 4: .*checksum.*stage=verify"):
         list(EmbeddingsCache(copy))
-    with pytest.raises(DamagedCache, match=r"1 of 3 shards are damaged.*verify\.drop=true removes"):
+    with pytest.raises(DamagedCache, match=r"1 of 3 shards are damaged.*verify\.drop=true puts them aside"):
         verify_cache(copy, None, 0)
     assert "shard-00000-00001.h5  10 rows  DAMAGED: row 4 (" in capsys.readouterr().out
-    with pytest.raises(DamagedCache, match="stage=precompute makes the missing rows again"):
+    harmed = shard_paths(copy)[1].read_bytes()
+    with pytest.raises(DamagedCache, match="lie in damaged/ now; stage=precompute makes the missing rows again"):
         verify_cache(copy, None, 0, drop=True)
+    assert (copy / "damaged" / "shard-00000-00001.h5").read_bytes() == harmed
     kept = {path.name: path.stat().st_mtime_ns for path in shard_paths(copy)}
     assert list(kept) == ["shard-00000-00000.h5", "shard-00000-00002.h5"]
     make(copy)
     verify_cache(copy, None, 0)
     assert {name: (copy / name).stat().st_mtime_ns for name in kept} == kept
     assert EmbeddingsCache(copy).keys == EmbeddingsCache(cache_dir).keys
+
+
+def test_what_is_put_aside_replaces_nothing(copy: Path, make: Make) -> None:
+    for _ in range(2):
+        flip_a_bit(shard_paths(copy)[-1], 1)
+        with pytest.raises(DamagedCache):
+            verify_cache(copy, None, 0, drop=True)
+        make(copy)
+    assert len(list((copy / "damaged").iterdir())) == 2
+
+
+def test_a_shard_that_another_process_has_locked_is_read(copy: Path) -> None:
+    with shard_paths(copy)[1].open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        verify_cache(copy, None, 0, drop=True)
+        assert len(list(EmbeddingsCache(copy))) == 24
+
+
+@pytest.fixture
+def no_file_left() -> Iterator[None]:
+    """This process may not open another file."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as held:
+        highest = held.enter_context(Path(os.devnull).open()).fileno()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 20, limit[1]))
+        held.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limit)
+        with suppress(OSError):
+            while True:
+                held.enter_context(Path(os.devnull).open())
+        yield
+
+
+def test_too_many_open_files_are_no_damage(cache_dir: Path, identity: CacheIdentity, no_file_left: None) -> None:
+    with pytest.raises(
+        InputError, match=r"shard-00000-00000\.h5 cannot be read now: Too many open files \(raise the limit"
+    ):
+        keys_in(cache_dir / "shard-00000-00000.h5", identity)
+
+
+@pytest.mark.parametrize(
+    "number", ["EAGAIN", "EMFILE", "ENFILE", "EACCES", "EPERM", "ENOLCK", "EIO", "ESTALE", "ENOMEM"]
+)
+@pytest.mark.parametrize("told", ["by number", "in HDF5's text"])
+def test_what_passes_is_not_damage_and_nothing_is_removed(
+    number: str, told: str, copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, harmed = getattr(errno, number), shard_paths(copy)[1]
+    error = OSError(code, "Unable to synchronously open file")
+    if told != "by number":
+        error = OSError(f"Can't read data (file read failed: errno = {code}, error message = 'x', buf = 0x7)")
+
+    def open_file(path: Path, *arguments: Any, **options: Any) -> h5py.File:
+        if path == harmed:
+            raise error
+        return opened(path, *arguments, **options)
+
+    opened = h5py.File
+    monkeypatch.setattr(trouble.h5py, "File", open_file)
+    flip_a_bit(shard_paths(copy)[2], 1)
+    with pytest.raises(DamagedCache, match=r"1 of 3 shards are damaged; 1 of 3 shards cannot be read now"):
+        verify_cache(copy, None, 0, drop=True)
+    assert os.strerror(code) in capsys.readouterr().out
+    assert [path.name for path in (copy / "damaged").iterdir()] == ["shard-00000-00002.h5"]
+    assert harmed.exists()
+    with pytest.raises(InputError, match=r"shard-00000-00001\.h5 cannot be read now"):
+        EmbeddingsCache(copy, partly=True)
+
+
+def test_a_cache_that_cannot_be_read_now_is_not_called_damaged(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_file(path: Path) -> h5py.File:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(verify, "open_shard", open_file)
+    with pytest.raises(CheckFailed, match=r"3 of 3 shards cannot be read now: Stale file handle .* no damage") as told:
+        verify_cache(copy, None, 0, drop=True)
+    assert not isinstance(told.value, DamagedCache)
+    assert len(shard_paths(copy)) == 3
 
 
 def damage_header(shard: Path) -> None:
