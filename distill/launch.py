@@ -10,6 +10,24 @@ from distill.recipe import Recipe
 from embeddings_cache.system import available_cores, processes_here
 from students import InputError
 
+ENGINES = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""How `accelerate launch` says what is to divide a model among processes. A student fits into one."""
+
+
+def refuse_engines() -> None:
+    """Raise `InputError` where the launch brings one of `ENGINES`, mostly by Accelerate's default config."""
+    for variable, name in ENGINES.items():
+        if os.environ.get(variable, "").lower() in ("true", "1", "yes"):
+            raise InputError(
+                f"accelerate launch brings {name}, which divides models; students are small and trained whole in each "
+                "process: accelerate launch --multi_gpu ..., or a config without it "
+                "(--config_file recipes/accelerate/...)"
+            )
+
 
 def create_accelerator(recipe: Recipe) -> Accelerator:
     """This process's part of the launch.

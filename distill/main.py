@@ -10,7 +10,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from distill.launch import create_accelerator, use_all_cores
+from distill.launch import create_accelerator, refuse_engines, use_all_cores
 from distill.recipe import Recipe, describe_keys, list_recipes, load_recipe
 from distill.run import claim_run_dir, note_time
 from distill.schema import ON_REQUEST, STAGES
@@ -75,7 +75,9 @@ def run(recipe: Recipe) -> None:
     Raises:
         InputError: whatever the recipe asks for cannot be done. What can be checked is checked before anything is
             written.
+        CheckFailed: what a stage made is not as it should be; those after it have run.
     """
+    refuse_engines()
     names = STAGES if recipe.stage == "all" else (recipe.stage,)
     for place, name in enumerate(names):
         find_stage(name).check(recipe, before=names[:place])
@@ -86,9 +88,18 @@ def run(recipe: Recipe) -> None:
             held.enter_context(sole_user(Path(recipe.run_dir)))
             claim_run_dir(recipe)
         accelerator.wait_for_everyone()
+        failure: CheckFailed | None = None
         for name in names:
-            run_stage(name, recipe, accelerator)
+            try:
+                run_stage(name, recipe, accelerator)
+            except CheckFailed as error:
+                if recipe.stage != "all":
+                    raise
+                failure = error  # a report does without a file that could not be exported
+                print(f"distill.py: {failure}", file=sys.stderr)
     accelerator.end_training()
+    if failure is not None:
+        raise failure
 
 
 def run_stage(name: str, recipe: Recipe, accelerator: Accelerator) -> None:

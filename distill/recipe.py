@@ -37,7 +37,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
             raise InputError(f"command line: {argument!r} is not key=value (see --help)")
         overrides[key] = os.path.expanduser(value) if key in ("recipe", *PATHS) else value
     schema = OmegaConf.structured(Recipe)
-    if overrides.get("stage") == "export" and "checkpoint" in overrides and not {"recipe", "run_dir"} & set(overrides):
+    alone = "checkpoint" in overrides and not {"recipe", "run_dir"} & set(overrides)
+    if alone and overrides.get("stage") in ("export", "convert"):
         shown = overrides["checkpoint"]
         config = _merge(schema, _recipe_within(Path(shown)), shown)
     else:
@@ -126,7 +127,7 @@ def _recipe_within(checkpoint: Path) -> dict[str, Any]:
         InputError: there is no such file, or it is damaged.
     """
     kept: dict[str, Any] = {"name": checkpoint.stem}
-    if not checkpoint.is_file():
+    if not checkpoint.exists():
         raise InputError(f"no student at {checkpoint}")
     if is_our_student(checkpoint) and (written := read_metadata(checkpoint).get("recipe")):
         kept = _parse_yaml(written, str(checkpoint))

@@ -61,7 +61,7 @@ def chosen_student(recipe: Recipe) -> Path:
         InputError: it is not there.
     """
     path = Path(recipe.checkpoint) if recipe.checkpoint else trained_student(recipe)
-    if not path.is_file():
+    if not path.exists():
         hint = "" if recipe.checkpoint else ": run stage=train first"
         raise InputError(f"no student at {path}{hint}")
     return path

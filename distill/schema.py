@@ -70,7 +70,7 @@ class StudentRecipe:
 @dataclass
 class TeacherRecipe:
     name: str = "vit_h"  # vit_h, vit_l, vit_b (also fine-tuned), mobile_sam, repvit_sam, edge_sam, student; or toy
-    checkpoint: str | None = None  # its weights; on the command line they say which teacher it is; none for toy
+    checkpoint: str | None = None  # its weights, a file or transformers' folder, which tell teacher.name; none for toy
     batch_size: int | None = None  # images a teacher pass, in each process; default: as many as fit, on a CPU 1
     dtype: str = "auto"  # float32, bfloat16 or float16; auto: bfloat16 on a GPU that has it, float32 elsewhere
     compile: bool = False  # torch.compile the teacher: minutes at the start, faster from then on
@@ -157,7 +157,7 @@ class PredictRecipe:
 @dataclass
 class VerifyRecipe:
     recompute: int = 16  # rows that the teacher embeds again, to compare with the cache; 0: none, and no weights needed
-    drop: bool = False  # remove damaged shards, so that precompute makes their rows, and only those, again
+    drop: bool = False  # put damaged shards aside, so that precompute makes their rows, and only those, again
 
 
 @dataclass

@@ -66,7 +66,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
     student, optimizer, average = prepare(recipe, cache.info.identity.embedding_shape[0], accelerator)
     metadata = {"recipe": to_yaml(recipe), "teacher_sha256": cache.info.identity.teacher_sha256}
     checkpoints = Checkpoints(Path(recipe.run_dir) / "checkpoints", accelerator, settings.keep_checkpoints, metadata)
-    step = checkpoints.restore(accelerator.unwrap_model(student), average)
+    step = checkpoints.restore(plain(student, accelerator), average)
     metrics = Metrics(recipe, accelerator, step)
     monitor = Monitor(accelerator, settings.stop_above, settings.log_every, settings.checkpoint_minutes)
     order = TrainingOrder(rows.of_group, plan, recipe.seed, rows.group, step)
@@ -105,7 +105,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
                 continue
             step += 1
             if average is not None:
-                average.update(accelerator.unwrap_model(student), step)
+                average.update(plain(student, accelerator), step)
             progress.update()
             due = monitor.add(Step(step, mean_losses(micro_steps), norm, keys), weights)
             micro_steps, keys = [], []
@@ -198,6 +198,11 @@ def learn(
     return {name: value.detach() for name, value in (*losses.items(), ("loss", loss))}, norm.detach()
 
 
+def plain(student: nn.Module, accelerator: Accelerator) -> StudentEncoder:
+    """The student without what Accelerate has put around it, a launcher's torch.compile included: its names differ."""
+    return cast(StudentEncoder, accelerator.unwrap_model(student, keep_torch_compile=False))
+
+
 def to_training(student: nn.Module, batch_norm: str) -> None:
     """Training mode; with `frozen` batch norms, these keep on using and never change their running statistics."""
     student.train()
@@ -212,7 +217,7 @@ def judged_student(student: nn.Module, average: ModelEmaV3 | None, accelerator: 
 
     All processes call this: batch norms' running statistics become the main process's.
     """
-    judged = average.module if average is not None else accelerator.unwrap_model(student)
+    judged = average.module if average is not None else plain(student, accelerator)
     if accelerator.num_processes > 1:
         for buffer in judged.buffers():
             broadcast(buffer)

@@ -1,9 +1,10 @@
 """The models: a student is a name and a few numbers."""
 
-from students.architectures import PUBLISHED, VITS, architecture_name, known_architectures
+from students.architectures import PUBLISHED, VITS, Contents, architecture_name, known_architectures, vit_encoder
 from students.checkpoints import (
     architecture_of,
     identify,
+    inspect_checkpoint,
     is_our_student,
     load_checkpoint,
     load_student,
@@ -20,14 +21,17 @@ from students.encoder import (
     list_students,
 )
 from students.errors import CheckFailed, InputError, first_line
+from students.hugging_face import save_hugging_face
 from students.macs import count_macs
-from students.sam import build_student_sam, require_decoder, untrained_sam
+from students.sam import build_student_sam, left_out, require_decoder, untrained_sam
+from students.state_dicts import weight_files
 
 __all__ = [
     "DOWNSAMPLES",
     "PUBLISHED",
     "VITS",
     "CheckFailed",
+    "Contents",
     "InputError",
     "StudentConfig",
     "StudentEncoder",
@@ -39,14 +43,19 @@ __all__ = [
     "create_student",
     "first_line",
     "identify",
+    "inspect_checkpoint",
     "is_our_student",
     "known_architectures",
+    "left_out",
     "list_students",
     "load_checkpoint",
     "load_student",
     "read_metadata",
     "require_decoder",
+    "save_hugging_face",
     "save_published",
     "save_student",
     "untrained_sam",
+    "vit_encoder",
+    "weight_files",
 ]

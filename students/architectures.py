@@ -1,6 +1,7 @@
 """Which SAM a state dict is: told by the names and shapes of its tensors."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -9,7 +10,7 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import nn
 
-from students.encoder import DOWNSAMPLES, StudentConfig, build_encoder, list_students
+from students.encoder import DOWNSAMPLES, STRIDE, StudentConfig, build_encoder, list_students
 from students.errors import InputError
 from students.layouts import PREFIX, published_names, unused_shapes
 from students.sam import untrained_sam
@@ -22,6 +23,34 @@ PUBLISHED = {
     "edge_sam": StudentConfig("repvit_m1", downsample="fuse"),
 }
 """Students that their authors have released, and the names that their checkpoints go by."""
+
+SAM_IMAGE_SIZE = 1024
+"""Of everything that was published; fine-tuned ViTs keep positions for other sizes."""
+
+LARGEST_IMAGE_SIZE = 4096
+"""A file's word for its size is taken up to here; a stranger's must not decide how much memory is asked for."""
+
+PARTS = ("prompt_encoder.", "mask_decoder.")
+
+LORA = re.compile(r"(^|[._])(lora|linear_[ab]_[qkv]|w_[ab]_?\d+|w_[ab]s)([._]|$)", re.IGNORECASE)
+"""What LoRA's pairs are called by PEFT and loralib, and by SAMed and what followed it."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds.
+
+    Attributes:
+        name: of `known_architectures`, or `student`, which is one of ours.
+        image_size: side of the square input in pixels.
+        has_decoder: whether prompt encoder and mask decoder are there, and nothing that changes what they do.
+        left_out: where they are not, what the file has that is not used, and why; "" where it has nothing.
+    """
+
+    name: str
+    image_size: int
+    has_decoder: bool
+    left_out: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,19 +80,33 @@ def known_architectures() -> list[str]:
 
 
 @cache
-def architecture(name: str) -> Architecture:
-    """One of `known_architectures`."""
+def architecture(name: str, image_size: int = SAM_IMAGE_SIZE) -> Architecture:
+    """One of `known_architectures`; of segment-anything's, with positions for an image size."""
     if name in VITS:
         with torch.device("meta"):
-            encoder = sam_model_registry[name]().image_encoder
+            encoder = vit_encoder(name, image_size)
         names = {key: PREFIX + key for key in encoder.state_dict()}
-        return Architecture(lambda: sam_model_registry[name]().image_encoder, names, _renamed_shapes(encoder, names))
+        return Architecture(partial(vit_encoder, name, image_size), names, _renamed_shapes(encoder, names))
     config = _students()[name]
     with torch.random.fork_rng(devices=[]):  # its weights are drawn for nothing; some timm cannot leave them out
         student = build_encoder(config)
     names = published_names(student)
     shapes = {**_renamed_shapes(student, names), **unused_shapes(student)}
     return Architecture(partial(build_encoder, config), names, shapes)
+
+
+def vit_encoder(name: str, image_size: int) -> nn.Module:
+    """One of segment-anything's encoders, its tables of positions as large as an image size needs them."""
+    encoder = sam_model_registry[name]().image_encoder
+    if image_size != encoder.img_size:
+        cells = image_size // STRIDE
+        encoder.img_size = image_size
+        encoder.pos_embed = nn.Parameter(torch.zeros(1, cells, cells, encoder.pos_embed.shape[-1]))
+        for attention in (block.attn for block in encoder.blocks if not block.window_size):
+            for table in ("rel_pos_h", "rel_pos_w"):
+                channels = getattr(attention, table).shape[-1]
+                setattr(attention, table, nn.Parameter(torch.zeros(2 * cells - 1, channels)))
+    return encoder
 
 
 @cache
@@ -77,30 +120,79 @@ def every_student() -> list[StudentConfig]:
     return [StudentConfig(name, downsample=way) for name in names for way in DOWNSAMPLES]
 
 
-def recognise(shapes: Shapes, origin: str) -> tuple[str, bool]:
-    """The architecture whose tensors these are, and whether prompt encoder and mask decoder are among them.
+def recognise(shapes: Shapes, origin: str) -> Contents:
+    """What holds these tensors, by segment-anything's names or a published layout's.
+
+    An encoder that is whole is taken whatever stands beside it; prompt encoder and mask decoder only where nothing was
+    added that may change what they do.
 
     Raises:
-        InputError: it is none; names what is missing, surplus or of another shape in the one that it looks most like.
+        InputError: no encoder that is known; names what is missing, surplus or of another shape in the one that it
+            looks most like. LoRA's pairs, whose sum with the weights is what was trained. A decoder cut short.
     """
-    decoder = _decoder_shapes()
+    if pairs := sorted(name for name in shapes if LORA.search(name)):
+        raise InputError(
+            f"{origin} holds LoRA's pairs, {name_some(pairs, 'tensors')}: merge them into the weights that they are "
+            "added to (PEFT: merge_and_unload), and save those"
+        )
     beside = {name: shape for name, shape in shapes.items() if not name.startswith(PREFIX)}
     encoder = {name: shape for name, shape in shapes.items() if name.startswith(PREFIX)}
-    for name in known_architectures():
-        if architecture(name).shapes == encoder:
-            if beside in ({}, decoder):
-                return name, bool(beside)
-            raise InputError(_unlike(name, {**encoder, **decoder}, shapes, origin))
+    if not encoder:
+        raise InputError(f"{origin} holds no SAM that is known: {name_some(sorted(shapes), 'tensors')}")
+    decoder = _decoder_shapes() if beside else {}
+    for name, image_size, expected in _candidates(encoder):
+        if expected == encoder:
+            if _cut_short(beside):
+                raise InputError(_unlike(name, {**encoder, **decoder}, shapes, origin))
+            return Contents(name, image_size, bool(beside) and beside == decoder, _not_used(beside))
+        if expected.items() < encoder.items():
+            added = name_some(sorted(encoder.keys() - expected), "tensors")
+            raise InputError(f"{origin} is a {name} with {added} added to its encoder, which change what it computes")
     name, expected = max(
-        ((name, {**architecture(name).shapes, **decoder}) for name in known_architectures()),
+        ((name, {**expected, **decoder}) for name, _, expected in _candidates(encoder)),
         key=lambda item: sum(shapes.get(key) == shape for key, shape in item[1].items()) / len(item[1].keys() | shapes),
     )
     raise InputError(_unlike(name, expected, shapes, origin))
 
 
+def _candidates(encoder: Shapes) -> Iterator[tuple[str, int, Shapes]]:
+    """Name, image size and shapes of every architecture that an encoder could be; to build them all takes a while."""
+    is_vit = any(name.startswith(f"{PREFIX}blocks.") for name in encoder)
+    for name in VITS if is_vit else known_architectures():
+        image_size = _vit_image_size(encoder) if name in VITS else SAM_IMAGE_SIZE
+        yield name, image_size, architecture(name, image_size).shapes
+
+
+def _vit_image_size(encoder: Shapes) -> int:
+    """What a ViT's absolute positions are for; 1024 px where they are for no size that is taken."""
+    positions = encoder.get(f"{PREFIX}pos_embed", ())
+    if len(positions) == 4 and positions[1] == positions[2]:
+        size = positions[1] * STRIDE
+        if 0 < size <= LARGEST_IMAGE_SIZE and size % 64 == 0:
+            return size
+    return SAM_IMAGE_SIZE
+
+
+def _cut_short(beside: Shapes) -> bool:
+    """Whether what stands beside an encoder is SAM's own, but not all of a part."""
+    decoder = _decoder_shapes()
+    there = [part for part in PARTS if any(name.startswith(part) for name in beside)]
+    expected = {name: shape for name, shape in decoder.items() if name.startswith(tuple(there))}
+    return beside.items() < expected.items()
+
+
+def _not_used(beside: Shapes) -> str:
+    """Why of a file with these tensors the encoder alone is taken; "" where it has none, or a whole decoder."""
+    decoder = _decoder_shapes()
+    if foreign := sorted(name for name, shape in beside.items() if decoder.get(name) != shape):
+        return f"its image encoder alone is used, for {name_some(foreign, 'tensors')} beside it are not SAM's own"
+    if beside and beside != decoder:
+        (missing,) = (part for part in PARTS if not any(name.startswith(part) for name in beside))
+        return f"its image encoder alone is used, for it has no {missing.removesuffix('.')}"
+    return ""
+
+
 def _unlike(name: str, expected: Shapes, found: Shapes, origin: str) -> str:
-    if not expected.keys() & found:
-        return f"{origin} holds no SAM that is known: {name_some(sorted(found), 'tensors')}"
     return f"{origin} looks most like {name}, but: {differences(expected, found)}"
 
 

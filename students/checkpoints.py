@@ -9,10 +9,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 
-from students.architectures import architecture, recognise
+from students.architectures import Contents, architecture, recognise
 from students.encoder import StudentConfig, StudentEncoder, build_encoder, config_dict
 from students.errors import InputError, first_line
 from students.layouts import PREFIX, published_names, unused_shapes
+from students.naming import sam_names
 from students.sam import encoder_only_sam, untrained_sam
 from students.state_dicts import differences, read_state_dict, shapes_of
 
@@ -46,15 +47,7 @@ def load_student(path: str | Path) -> StudentEncoder:
         InputError: the file is missing, foreign or damaged.
     """
     path = Path(path)
-    try:
-        config = StudentConfig(**json.loads(read_metadata(path)["student"]))
-        for key, kind in KINDS.items():
-            if not isinstance(getattr(config, key), kind):
-                raise TypeError(f"{key} is {getattr(config, key)!r}")
-        if config.embed_dim < 1:
-            raise ValueError(f"embed_dim is {config.embed_dim}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} does not say what student it holds: {first_line(error)}") from error
+    config = _config_of(path)
     with torch.random.fork_rng(devices=[]):  # weights that are drawn only to be replaced must not move a run's seed
         student = build_encoder(config)
     with safe_open(path, "pt") as file:
@@ -66,15 +59,17 @@ def load_student(path: str | Path) -> StudentEncoder:
 
 
 def load_checkpoint(path: str | Path) -> Sam:
-    """A `Sam` from any checkpoint that is known: segment-anything's, MobileSAM's, RepViT-SAM's, EdgeSAM's or ours.
+    """A `Sam` from any checkpoint that is known: segment-anything's, transformers', a published student's, or ours.
 
     Args:
-        path: `.pth` or `.pt` with a state dict in its publisher's layout, also of other sizes of their encoders; or
-            `student.safetensors`. Nothing in it is executed.
+        path: `.pth`, `.pt` or `.safetensors` with a state dict in its publisher's layout, also of other sizes of their
+            encoders, as training code wraps them (`read_state_dict`, `sam_names`); a directory that transformers'
+            `SamModel.save_pretrained` wrote; or `student.safetensors`. Nothing in it is executed.
 
     Returns:
-        `Sam` in eval mode on the CPU. Where the file has no prompt encoder and mask decoder, only its encoder works
-        (`encoder_only_sam`).
+        `Sam` in eval mode on the CPU, float32 whatever the file has. Where the file has no prompt encoder and mask
+        decoder, or something that is not SAM's is added to them, only its encoder works (`encoder_only_sam`), and
+        `left_out` says why. A ViT whose positions are for another image size works at that one.
 
     Raises:
         InputError: the file is missing, damaged, holds more than tensors, or is none of these; names the tensors that
@@ -83,38 +78,47 @@ def load_checkpoint(path: str | Path) -> Sam:
     path = Path(path)
     if is_our_student(path):
         return encoder_only_sam(load_student(path), str(path)).eval()
-    state = read_state_dict(path)
-    name, has_decoder = recognise(shapes_of(state), str(path))
-    known = architecture(name)
+    state = _read_sam(path)
+    found = recognise(shapes_of(state), str(path))
+    known = architecture(found.name, found.image_size)
     with torch.random.fork_rng(devices=[]):
         encoder = known.build()
-        sam = untrained_sam(encoder) if has_decoder else encoder_only_sam(encoder, str(path))
+        if found.has_decoder:
+            sam = untrained_sam(encoder, found.image_size)
+        else:
+            sam = encoder_only_sam(encoder, str(path), found.left_out)
     encoder.load_state_dict({ours: state.pop(theirs) for ours, theirs in known.names.items()})
-    if has_decoder:
+    if found.has_decoder:
         sam.load_state_dict({key: tensor for key, tensor in state.items() if not key.startswith(PREFIX)}, strict=False)
     return sam.eval()
 
 
-def architecture_of(path: str | Path) -> str:
-    """What `load_checkpoint` would load, without its weights: a name of `known_architectures`, or "student".
+def inspect_checkpoint(path: str | Path) -> Contents:
+    """What `load_checkpoint` would load, without its weights.
 
     Raises:
         InputError: as `load_checkpoint`.
     """
-    return identify(path)[0]
+    path = Path(path)
+    if is_our_student(path):
+        return Contents("student", _config_of(path).image_size, has_decoder=False)
+    return recognise(shapes_of(_read_sam(path)), str(path))
+
+
+def architecture_of(path: str | Path) -> str:
+    """The name of what `inspect_checkpoint` finds."""
+    return inspect_checkpoint(path).name
 
 
 def identify(path: str | Path) -> tuple[str, bool]:
     """`architecture_of`, and whether the file has prompt encoder and mask decoder."""
-    path = Path(path)
-    if is_our_student(path):
-        return "student", False
-    return recognise(shapes_of(read_state_dict(path)), str(path))
+    found = inspect_checkpoint(path)
+    return found.name, found.has_decoder
 
 
 def is_our_student(path: Path) -> bool:
     """Whether a file is one that `save_student` wrote."""
-    return path.suffix == ".safetensors" and _any_metadata(path).get("format") == FORMAT
+    return path.suffix == ".safetensors" and not path.is_dir() and _any_metadata(path).get("format") == FORMAT
 
 
 def save_published(path: Path, student: StudentEncoder, sam: Sam) -> None:
@@ -128,6 +132,28 @@ def save_published(path: Path, student: StudentEncoder, sam: Sam) -> None:
     state |= {name: torch.zeros(shape) for name, shape in unused_shapes(student).items()}
     state |= {name: tensor for name, tensor in sam.state_dict().items() if not name.startswith(PREFIX)}
     torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path)
+
+
+def _read_sam(path: Path) -> dict[str, torch.Tensor]:
+    return sam_names(read_state_dict(path), str(path))
+
+
+def _config_of(path: Path) -> StudentConfig:
+    """Of a student of ours.
+
+    Raises:
+        InputError: the file is missing, foreign, or its config makes no sense.
+    """
+    try:
+        config = StudentConfig(**json.loads(read_metadata(path)["student"]))
+        for key, kind in KINDS.items():
+            if not isinstance(getattr(config, key), kind):
+                raise TypeError(f"{key} is {getattr(config, key)!r}")
+        if config.embed_dim < 1:
+            raise ValueError(f"embed_dim is {config.embed_dim}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} does not say what student it holds: {first_line(error)}") from error
+    return config
 
 
 def _any_metadata(path: Path) -> dict[str, str]:

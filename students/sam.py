@@ -24,12 +24,15 @@ def untrained_sam(encoder: nn.Module, image_size: int = 1024, embed_dim: int = 2
     )
 
 
-def encoder_only_sam(encoder: nn.Module, origin: str) -> Sam:
-    """A `Sam` that makes embeddings, for a checkpoint without prompt encoder and mask decoder.
+def encoder_only_sam(encoder: nn.Module, origin: str, left_out: str = "") -> Sam:
+    """A `Sam` that makes embeddings, for a checkpoint without prompt encoder and mask decoder of SAM's own.
 
     Whoever asks it for masks gets an `InputError` that names `origin`.
+
+    Args:
+        left_out: what the checkpoint has beside the encoder that is not used, and why; "" where it has nothing.
     """
-    missing = MissingPart(origin)
+    missing = MissingPart(f"{origin}: {left_out}" if left_out else "", f"{origin} holds an image encoder alone")
     return Sam(encoder, missing, missing)
 
 
@@ -39,16 +42,21 @@ def require_decoder(sam: Sam) -> None:
         sam.prompt_encoder()
 
 
-class MissingPart(nn.Module):
-    """Stands where a checkpoint has nothing."""
+def left_out(sam: Sam) -> str | None:
+    """A line for whoever uses a `Sam` of whose checkpoint the encoder alone was taken: what was left, and why."""
+    return (isinstance(sam.prompt_encoder, MissingPart) and sam.prompt_encoder.left_out) or None
 
-    def __init__(self, origin: str) -> None:
+
+class MissingPart(nn.Module):
+    """Stands where a checkpoint has nothing, or nothing of SAM's own; `left_out` is a line that says what."""
+
+    def __init__(self, left_out: str, why: str) -> None:
         super().__init__()
-        self.origin = origin
+        self.left_out, self.why = left_out, left_out or why
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         raise InputError(
-            f"{self.origin} holds an image encoder alone; build_student_sam(sam.image_encoder, another_sam) "
+            f"{self.why}; build_student_sam(sam.image_encoder, another_sam) "
             "gives it another SAM's prompt encoder and mask decoder"
         )
 

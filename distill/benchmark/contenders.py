@@ -8,7 +8,6 @@ from typing import Any
 
 import onnx
 import torch
-from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import nn
 
@@ -24,7 +23,7 @@ from students import (
     StudentEncoder,
     build_encoder,
     count_macs,
-    identify,
+    inspect_checkpoint,
     is_our_student,
     known_architectures,
     list_students,
@@ -32,6 +31,8 @@ from students import (
     load_student,
     require_decoder,
     untrained_sam,
+    vit_encoder,
+    weight_files,
 )
 
 VIT_SIZE = 1024
@@ -119,11 +120,7 @@ def build(contender: Contender) -> tuple[nn.Module, Sam | None]:
         torch.manual_seed(0)
         name = contender.source
         vit = name in VITS
-        encoder = (
-            sam_model_registry[name]().image_encoder
-            if vit
-            else build_encoder(student_config(name, contender.image_size))
-        )
+        encoder: Any = vit_encoder(name, VIT_SIZE) if vit else build_encoder(student_config(name, contender.image_size))
         return encoder.eval(), untrained_sam(encoder, int(encoder.img_size)).eval()
     if is_our_student(path):
         student = load_student(path)
@@ -151,24 +148,29 @@ def facts(contender: Contender) -> dict[str, Any]:
 def _torch_facts(contender: Contender) -> dict[str, Any]:
     path, config = contender.path, _config(contender)
     with torch.device("meta"):
-        encoder: nn.Module = (
-            sam_model_registry[config]().image_encoder if isinstance(config, str) else build_encoder(config)
-        )
+        encoder: nn.Module = vit_encoder(*config) if isinstance(config, tuple) else build_encoder(config)
         encoder = encoder.fused() if isinstance(encoder, StudentEncoder) else encoder.eval()
         encoder.requires_grad_(False)
         size = int(encoder.img_size)  # type: ignore[arg-type]
         macs = count_macs(lambda: encoder(torch.zeros(1, 3, size, size)))
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
-    return {"parameters": parameters, "macs": macs, "file_bytes": path.stat().st_size if path else 4 * parameters}
+    return {"parameters": parameters, "macs": macs, "file_bytes": _weight_bytes(path) if path else 4 * parameters}
 
 
-def _config(contender: Contender) -> StudentConfig | str:
-    """Of a student; of segment-anything's own encoders the name."""
+def _weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in weight_files(path))
+
+
+def _config(contender: Contender) -> StudentConfig | tuple[str, int]:
+    """Of a student; of segment-anything's own encoders the name and the image size."""
     path = contender.path
     if path is not None and is_our_student(path):
         return load_student(path).config
-    name, size = (contender.source, contender.image_size) if path is None else (identify(path)[0], VIT_SIZE)
-    return name if name in VITS else student_config(name, size)
+    name, size = contender.source, contender.image_size
+    if path is not None:
+        found = inspect_checkpoint(path)
+        name, size = found.name, found.image_size
+    return (name, size) if name in VITS else student_config(name, size)
 
 
 def _onnx_facts(contender: Contender) -> dict[str, Any]:

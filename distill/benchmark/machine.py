@@ -1,6 +1,7 @@
 """The machine that something is measured on: what it is, what it can do at best, and what a process of its takes."""
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -71,8 +72,6 @@ def peak_bytes(forget: bool = False) -> int:
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    import resource  # there is none on Windows
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

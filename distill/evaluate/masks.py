@@ -44,7 +44,7 @@ from embeddings_cache.images import (
 from embeddings_cache.shards import CacheIdentity, CacheRow, read_info, refuse_other_cache
 from embeddings_cache.system import progress_bar, sha256, write_json
 from embeddings_cache.teacher import TeacherEncoder, load_teacher, weights_sha256
-from students import InputError, build_student_sam, first_line, load_student, require_decoder
+from students import InputError, build_student_sam, first_line, load_student, require_decoder, weight_files
 
 PROMPTS_A_PASS = 32
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
@@ -123,7 +123,8 @@ def evaluation_inputs(recipe: Recipe) -> dict[str, Any]:
         info = read_info(Path(recipe.cache.dir))
         return {**inputs, "val_images": recipe.data.val_images, "cache": info and asdict(info.identity)}
     checkpoint = recipe.teacher.checkpoint
-    digest = checkpoint and sha256(Path(checkpoint))
+    digests = [sha256(file) for file in weight_files(checkpoint)] if checkpoint else [None]
+    digest = digests[0] if len(digests) == 1 else digests
     teacher = {"name": recipe.teacher.name, "dtype": recipe.teacher.dtype, "file_sha256": digest}
     inputs |= {"sixteen_bit": recipe.data.sixteen_bit} if recipe.data.sixteen_bit != "upper" else {}
     return {**inputs, "teacher": teacher, "image_size": recipe.image_size, "jpeg_quality": recipe.cache.jpeg_quality}

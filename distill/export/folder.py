@@ -1,6 +1,7 @@
 """Export: every format that the recipe names, each proven before it is kept, and the manifest that describes them."""
 
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache, partial
@@ -37,7 +38,7 @@ from distill.run import as_stored, chosen_student, is_current
 from distill.schema import FORMATS
 from embeddings_cache.shards import read_info
 from embeddings_cache.system import TEMPORARY, installed_versions, read_json, sha256, write_json
-from students import InputError
+from students import InputError, first_line, weight_files
 
 TOOLS = (
     "sam-distill", "torch", "timm", "segment-anything-py", "onnx", "onnxscript", "onnxruntime", "coremltools", "numpy",
@@ -63,21 +64,28 @@ def export(recipe: Recipe, accelerator: Accelerator) -> bool:
     inputs = export_inputs(recipe)
     if is_current(directory / "manifest.json", inputs, accelerator):
         return False
+    failure: ParityError | None = None
     if accelerator.is_main_process:
-        write_export(recipe, directory, inputs, accelerator.print)
+        try:
+            write_export(recipe, directory, inputs, accelerator.print)
+        except ParityError as error:
+            failure = error
     accelerator.wait_for_everyone()
+    if failure is not None:
+        raise failure
     return True
 
 
 def export_inputs(recipe: Recipe) -> dict[str, Any]:
     """What an export depends on; the decoder's file goes by its size and time, for it may have gigabytes."""
     checkpoint = recipe.teacher.checkpoint
-    found = Path(checkpoint).stat() if checkpoint and Path(checkpoint).is_file() else None
+    files = weight_files(checkpoint) if checkpoint and Path(checkpoint).exists() else []
+    found = [[file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     info = read_info(Path(recipe.cache.dir))
     return {
         "student_sha256": sha256(chosen_student(recipe)),
         "export": {**vars(recipe.export), "formats": wanted_formats(recipe)},
-        "teacher": [recipe.teacher.name, found and [found.st_size, found.st_mtime_ns]],
+        "teacher": [recipe.teacher.name, found if len(found) > 1 else next(iter(found), None)],
         "cache": info and asdict(info.identity),
     }
 
@@ -127,6 +135,10 @@ def make_files(functions: dict[Path, Make], say: Callable[[str], None]) -> tuple
             described = make(path)
         except (ParityError, InputError) as error:
             failures.append(str(error) if path.name in str(error) else f"{path.name} {error}")
+            continue
+        except Exception as error:  # others' converters raise of many kinds; the other files can be made all the same
+            traceback.print_exc()
+            failures.append(f"{path.name} could not be made: {type(error).__name__}: {first_line(error)}")
             continue
         files[path.name] = {"sha256": digest(path), "bytes": size(path), **described}
         say(f"export: {file_line(path.name, files[path.name])} ({time.perf_counter() - started:.0f} s)")

@@ -17,6 +17,7 @@ from students import (
     build_student_sam,
     identify,
     is_our_student,
+    left_out,
     load_checkpoint,
     load_student,
     read_metadata,
@@ -63,8 +64,8 @@ def check_formats(recipe: Recipe) -> None:
     coreml = [name for name in formats if name.startswith("coreml")]
     if coreml and find_spec("coremltools") is None:
         raise InputError(
-            f"export.formats: {', '.join(coreml)} needs coremltools, which is not installed (pip install coremltools; "
-            "there is none for Windows); name the other formats to do without"
+            f"export.formats: {', '.join(coreml)} needs coremltools, which is not installed (pip install coremltools); "
+            "name the other formats to do without"
         )
     need = [name for name in formats if name in NEED_MASKS]
     if need and not _decoder_expected(recipe):
@@ -91,7 +92,7 @@ def load_subject(recipe: Recipe) -> Subject:
     if not is_our_student(path):
         sam = load_checkpoint(path)
         name, has_decoder = identify(path)
-        return Subject(name, name, None, sam.image_encoder, sam if has_decoder else None, None)
+        return Subject(name, name, None, sam.image_encoder, sam if has_decoder else None, left_out(sam))
     student = load_student(path)
     if is_untrained(path):
         raise InputError(f"{path} was not trained: it holds the weights that training starts from")
@@ -115,13 +116,13 @@ def _with_decoder(student: StudentEncoder, path: Path, recipe: Recipe) -> tuple[
 
 def _has_teacher(recipe: Recipe) -> bool:
     checkpoint = recipe.teacher.checkpoint
-    return recipe.teacher.name == "toy" or (checkpoint is not None and Path(checkpoint).is_file())
+    return recipe.teacher.name == "toy" or (checkpoint is not None and Path(checkpoint).exists())
 
 
 def _decoder_expected(recipe: Recipe) -> bool:
     """Whether there will be a decoder, as far as the files tell that are there already."""
     own = Path(recipe.checkpoint) if recipe.checkpoint else None
-    if own is not None and own.is_file() and not is_our_student(own):
+    if own is not None and own.exists() and not is_our_student(own):
         return identify(own)[1]
     checkpoint = recipe.teacher.checkpoint
     return _has_teacher(recipe) and (checkpoint is None or identify(Path(checkpoint))[1])

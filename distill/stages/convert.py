@@ -1,16 +1,19 @@
-"""Convert: the student as a checkpoint that its family's publisher loads."""
+"""Convert: a student as a checkpoint that its family's publisher loads, a SAM as one that transformers loads."""
 
 from collections.abc import Collection
 
 from accelerate import Accelerator
 
-from distill.export.handover import convert
+from distill.export.handover import check_sam, convert, sam_of_others
 from distill.needs import need_decoder, need_student
 from distill.recipe import Recipe
 
 
 def check(recipe: Recipe, before: Collection[str]) -> None:
-    """A student, and a teacher whose decoder goes with it."""
+    """A student, and a teacher whose decoder goes with it; or a SAM with its own."""
+    if sam := sam_of_others(recipe):
+        check_sam(sam)
+        return
     need_decoder(recipe)
     need_student(recipe, before)
 

@@ -15,7 +15,7 @@ from embeddings_cache.precompute import cache_identity, precompute
 from embeddings_cache.shards import is_complete, read_info
 from embeddings_cache.system import progress_bar
 from embeddings_cache.teacher import load_teacher, resolve_dtype
-from students import InputError
+from students import InputError, left_out
 
 
 def check(recipe: Recipe, before: Collection[str]) -> None:
@@ -35,6 +35,8 @@ def run(recipe: Recipe, accelerator: Accelerator) -> bool:
     """`embeddings_cache.precompute`; returns False where the cache was there."""
     directory = Path(recipe.cache.dir)
     sam = load_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size)
+    if line := left_out(sam):
+        accelerator.print(f"precompute: {line}")
     earlier = read_info(directory)
     # A cache goes on as it was begun, whatever the device at hand would choose.
     begun = earlier.identity.teacher_dtype if earlier and recipe.teacher.dtype == "auto" else recipe.teacher.dtype
@@ -66,8 +68,8 @@ def run(recipe: Recipe, accelerator: Accelerator) -> bool:
     )
     skipped = f", {info.skipped} bad samples skipped (skipped.jsonl)" if info.skipped else ""
     noted = f", notes on {info.noted} of them (notes.jsonl)" if info.noted else ""
-    left_out = f", {listed(Counter(info.left_out))} left out" if info.left_out else ""
-    accelerator.print(f"precompute: {info.images} images in {directory}{noted}{skipped}{left_out}")
+    apart = f", {listed(Counter(info.left_out))} left out" if info.left_out else ""
+    accelerator.print(f"precompute: {info.images} images in {directory}{noted}{skipped}{apart}")
     return not complete
 
 

@@ -1,6 +1,7 @@
 """Which images a process takes when, and how they come from the cache to the device."""
 
 import gc
+import os
 import signal
 import time
 from collections.abc import Generator, Iterator
@@ -12,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from distill.recipe import Recipe
+from distill.training.limits import limit_of_workers, refuse_few_files, refuse_little_shared_memory
 from distill.training.plan import Plan, loss_weights
 from distill.training.prompts import MaskPrompts, sample_prompts
 from distill.training.rows import Group
@@ -93,6 +95,12 @@ class CachedImages(Dataset[Sample]):
     def __init__(self, cache: EmbeddingsCache, recipe: Recipe, with_prompts: bool = True) -> None:
         self.cache, self.recipe, self.with_prompts = cache, recipe, with_prompts
 
+    @property
+    def bytes_each(self) -> int:
+        """About what a sample takes: the embedding, and the picture at three by four."""
+        channels, height, width = self.cache.info.identity.embedding_shape
+        return 2 * channels * height * width + 3 * self.recipe.image_size**2 * 3 // 4
+
     def __getitem__(self, draw: Draw) -> Sample:
         epoch, index = draw
         row = self.cache[index]
@@ -148,6 +156,9 @@ class TimedBatches:
                     batch = next(batches, None)
                 except InputError as error:  # a worker's comes with its traceback, and ends with what it says
                     failure = str(error).rpartition("InputError: ")[2].strip()
+                except (RuntimeError, OSError, EOFError) as error:
+                    if not self.loader.num_workers or not (failure := limit_of_workers(error, self.loader.num_workers)):
+                        raise
                 if failure:
                     gc.collect()  # the error's traceback, a cycle, would keep the workers alive
                     raise InputError(failure)
@@ -169,6 +180,10 @@ def make_loader(
     """
     on_cpu = device.type == "cpu"
     workers = recipe.train.workers if recipe.train.workers is not None else (0 if on_cpu else WORKERS_ON_A_GPU)
+    if workers:
+        batch = max(1, recipe.train.batch_size // (recipe.train.accumulate * int(os.environ.get("WORLD_SIZE", "1"))))
+        refuse_little_shared_memory(images.bytes_each * batch, workers)
+        refuse_few_files(batch, workers, len(images.cache.shards))
     return DataLoader(
         images,
         batch_sampler=order,

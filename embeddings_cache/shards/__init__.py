@@ -11,7 +11,14 @@ from embeddings_cache.shards.format import (
     refuse_other_cache,
     software_versions,
 )
-from embeddings_cache.shards.reader import EmbeddingsCache, held_out_keys, is_complete, keys_in, shard_paths
+from embeddings_cache.shards.reader import (
+    EmbeddingsCache,
+    files_open_at_most,
+    held_out_keys,
+    is_complete,
+    keys_in,
+    shard_paths,
+)
 from embeddings_cache.shards.space import check_space, row_bytes
 from embeddings_cache.shards.verify import DamagedCache, verify_cache
 from embeddings_cache.shards.writer import ShardWriter
@@ -27,6 +34,7 @@ __all__ = [
     "check_space",
     "decode_pixels",
     "encode_pixels",
+    "files_open_at_most",
     "held_out_keys",
     "identity_of",
     "images_name",

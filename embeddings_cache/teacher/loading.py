@@ -9,7 +9,7 @@ from torch import nn
 
 from embeddings_cache.teacher.toy import load_toy_teacher
 from embeddings_cache.teacher.vit import fuse_attention
-from students import InputError, architecture_of, known_architectures, load_checkpoint
+from students import VITS, InputError, inspect_checkpoint, known_architectures, load_checkpoint
 
 SAM_IMAGE_SIZE = 1024
 
@@ -23,7 +23,7 @@ def check_teacher(name: str, checkpoint: str | None, image_size: int) -> None:
     """Refuse what `load_teacher` cannot load, without loading it.
 
     Raises:
-        InputError: no checkpoint, or an image size that the teacher cannot work at.
+        InputError: no checkpoint, another architecture's, or one that works at another image size.
     """
     if name == "toy":
         if checkpoint is not None:
@@ -31,12 +31,17 @@ def check_teacher(name: str, checkpoint: str | None, image_size: int) -> None:
         if image_size % 16:
             raise InputError(f"image_size={image_size} is not a multiple of 16")
         return
-    if name != "student" and image_size != SAM_IMAGE_SIZE:
-        raise InputError(f"teacher {name} works at image_size={SAM_IMAGE_SIZE}, not {image_size}")
     if checkpoint is None:
         raise InputError(f"teacher {name} needs its weights: teacher.checkpoint=FILE")
-    if not Path(checkpoint).is_file():
-        raise InputError(f"teacher.checkpoint={checkpoint}: no such file")
+    if not Path(checkpoint).exists():
+        other = name in VITS and image_size != SAM_IMAGE_SIZE
+        hint = f"; segment-anything's own works at image_size={SAM_IMAGE_SIZE}, not {image_size}" if other else ""
+        raise InputError(f"teacher.checkpoint={checkpoint}: no such file{hint}")
+    found = inspect_checkpoint(checkpoint)
+    if found.name != name:
+        raise InputError(f"{checkpoint} holds a {found.name}, not a {name}: teacher.name={found.name} takes it")
+    if found.image_size != image_size:
+        raise InputError(f"{checkpoint} works at image_size={found.image_size}, not {image_size}")
 
 
 def load_teacher(name: str, checkpoint: str | None, image_size: int) -> Sam:
@@ -45,24 +50,21 @@ def load_teacher(name: str, checkpoint: str | None, image_size: int) -> Sam:
     Args:
         name: one of `known_teachers()`; a fine-tuned SAM goes by the name of its architecture.
         checkpoint: anything that `load_checkpoint` loads.
-        image_size: side of the square input in pixels.
+        image_size: side of the square input in pixels; of a checkpoint, the one that its positions are for.
 
     Returns:
         `Sam` in eval mode on the CPU, without gradients, a ViT with fused attention (`fuse_attention`).
+        `students.left_out` says what of the checkpoint is not used.
 
     Raises:
-        InputError: the checkpoint is missing, unreadable, or another architecture's.
+        InputError: the checkpoint is missing, unreadable, another architecture's, or for another image size.
     """
     check_teacher(name, checkpoint, image_size)
     if checkpoint is None:
         with torch.random.fork_rng(devices=[]):
             sam = load_toy_teacher(image_size)
     else:
-        if (found := architecture_of(Path(checkpoint))) != name:
-            raise InputError(f"{checkpoint} holds a {found}, not a {name}: teacher.name={found} takes it")
-        sam = load_checkpoint(Path(checkpoint))
-        if sam.image_encoder.img_size != image_size:
-            raise InputError(f"{checkpoint} works at image_size={sam.image_encoder.img_size}, not {image_size}")
+        sam = load_checkpoint(checkpoint)
     if isinstance(sam.image_encoder, ImageEncoderViT):
         fuse_attention(sam.image_encoder)
     return sam.eval().requires_grad_(False)

@@ -5,9 +5,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
-from support import ROOT
+from distill.main import main
+from students import load_student
+from support import ROOT, TINY, places
 
 CONFIGS = ROOT / "recipes" / "accelerate"
 
@@ -24,6 +27,39 @@ def test_configs(name: str, machines: int, processes: int, kind: str) -> None:
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
     assert (config.num_machines, config.num_processes, config.distributed_type) == (machines, processes, kind)
     assert config.mixed_precision == "no"  # which leaves it to the recipe
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")]
+)
+def test_what_divides_models_is_refused_before_anything_is_done(
+    variable: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `accelerate launch` says it where Accelerate's default config does."""
+    monkeypatch.setenv(variable, "true")
+    assert main(["recipe=quickstart", f"run_dir={tmp_path / 'run'}", f"cache.dir={tmp_path / 'cache'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"distill.py: accelerate launch brings {name}, which divides models")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ema", [0, 0.9])
+def test_a_launcher_that_compiles_leaves_a_student_like_others(
+    ema: float, finished_run: Path, scene_tar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`accelerate launch --dynamo_backend eager`: also from its checkpoints, and of averaged weights."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    images, _, cache = places(finished_run, scene_tar)
+    given = [*TINY, images, cache, "train.workers=0", f"train.ema={ema}", "train.checkpoint_every=4"]
+    run = tmp_path / "run"
+    assert main([*given, "stage=train", f"run_dir={run}"]) == 0
+    first = load_student(run / "student.safetensors")
+    (run / "student.safetensors").unlink()  # as if it had been killed before the end
+    assert main([*given, "stage=train", f"run_dir={run}"]) == 0
+    second = load_student(run / "student.safetensors")
+    assert not any("_orig_mod" in name for name in first.state_dict())
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
 
 
 def test_the_slurm_script_starts_every_machine_with_its_own_rank(tmp_path: Path) -> None:

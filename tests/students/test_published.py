@@ -204,7 +204,10 @@ def test_what_differs_is_named(decoder: dict[str, torch.Tensor], tmp_path: Path)
     for change, said in (
         ({key: torch.zeros(256, 319, 1, 1)}, rf"{key} is \[256, 319, 1, 1\], not \[256, 320, 1, 1\]"),
         ({key: None}, rf"1 missing \({key}\)"),
-        ({"class_head.weight": torch.zeros(9, 9)}, r"1 surplus \(class_head\.weight\)"),
+        (
+            {"class_head.weight": torch.zeros(9, 9), "mask_decoder.iou_token.weight": None, key: None},
+            rf"2 missing \({key}, mask_decoder\.iou_token\.weight\); 1 surplus \(class_head\.weight\)",
+        ),
         ({"mask_decoder.iou_token.weight": None}, r"1 missing \(mask_decoder\.iou_token\.weight\)"),
     ):
         state = {name: tensor for name, tensor in {**layout, **decoder, **change}.items() if tensor is not None}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distill.export.coreml.conversion import compress, convert_decoder, convert_encoder
-from distill.export.coreml.package import require_coremltools
+from distill.export.coreml.package import require_coremltools, require_writer
 from distill.export.decoder import PromptDecoder
 from distill.export.encoder import RgbEncoder
 from distill.export.subject import load_subject
@@ -39,8 +39,9 @@ class Conversions:
         """Wait for a package; a `coremltools` model, not yet described or compared.
 
         Raises:
-            InputError: coremltools does not know something in it, or the process was killed.
+            InputError: coremltools cannot write here, or does not know something in it, or the process was killed.
         """
+        require_writer()
         try:
             if BITS.get(name):
                 self.futures[ENCODER].result()  # without which there is nothing to compress
@@ -54,8 +55,8 @@ class Conversions:
 def conversions(recipe: Recipe, names: list[str]) -> Iterator[Conversions]:
     """Begin to make these packages of the recipe's student; nothing where there are none."""
     order = [name for name in (*BITS, DECODER) if name in names]
-    if not order:
-        yield Conversions(Path(), {})
+    if not order or not _can_write():
+        yield Conversions(Path(), {})  # whose models say why they cannot be had
         return
     if order != [DECODER]:
         order = list(dict.fromkeys([ENCODER, *order]))  # which the compressed ones are made of
@@ -65,6 +66,14 @@ def conversions(recipe: Recipe, names: list[str]) -> Iterator[Conversions]:
             yield Conversions(folder, {name: pool.submit(_make, recipe, folder, name) for name in order})
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _can_write() -> bool:
+    try:
+        require_writer()
+    except InputError:
+        return False
+    return True
 
 
 def _make(recipe: Recipe, folder: Path, name: str) -> None:

@@ -1,8 +1,10 @@
 """A saved Core ML package as coremltools reads it, and what it says of its inputs."""
 
 import logging
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,25 @@ def require_coremltools() -> Any:
     try:
         import coremltools
     except ImportError as error:
-        raise InputError(
-            "Core ML files need coremltools (pip install coremltools; there is none for Windows)"
-        ) from error
+        raise InputError("Core ML files need coremltools (pip install coremltools)") from error
     return coremltools
+
+
+def require_writer() -> None:
+    """Raise `InputError` where coremltools is installed without the compiled parts that write packages.
+
+    That is so where there is no wheel of it, for a new Python or another kind of Linux: it still imports and converts.
+    """
+    version = require_coremltools().__version__
+    for part in ("libmilstoragepython", "libmodelpackage"):
+        try:
+            import_module(f"coremltools.{part}")
+        except ImportError as error:
+            python = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+            raise InputError(
+                f"cannot be written: coremltools {version} has no compiled parts for {python}; "
+                "export.formats=onnx,onnx_decoder does without"
+            ) from error
 
 
 def open_package(package: Path) -> tuple[Any, Any]:

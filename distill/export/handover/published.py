@@ -1,4 +1,4 @@
-"""stage=convert: the student as a checkpoint that its family's publisher loads."""
+"""stage=convert: a student as a checkpoint that its family's publisher loads, a SAM as one that transformers loads."""
 
 from pathlib import Path
 
@@ -6,21 +6,40 @@ import torch
 from accelerate import Accelerator
 
 from distill.evaluate.masks import load_sams
+from distill.export.files import whole_directory
 from distill.recipe import Recipe
 from distill.run import chosen_student, other_teacher
 from embeddings_cache.system import whole_file
 from students import (
+    VITS,
     InputError,
     StudentConfig,
     StudentEncoder,
     architecture_name,
+    inspect_checkpoint,
+    is_our_student,
     load_checkpoint,
     load_student,
+    save_hugging_face,
     save_published,
 )
 
 
 def convert(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Write the chosen checkpoint in another layout below `export/`, `convert_student`'s or `convert_sam`'s.
+
+    Raises:
+        InputError: there is none, or no other layout has a place for it.
+    """
+    if accelerator.is_main_process:
+        sam = sam_of_others(recipe)
+        written = convert_sam(recipe, sam) if sam else convert_student(recipe, accelerator)
+        accelerator.print(f"convert: {written}")
+    accelerator.wait_for_everyone()
+    return True
+
+
+def convert_student(recipe: Recipe, accelerator: Accelerator) -> Path:
     """Write `export/NAME.pt`, the chosen student with the teacher's prompt encoder and mask decoder.
 
     NAME is mobile_sam, repvit_sam or edge_sam for a student of their size, whose own code then loads the file, and
@@ -29,25 +48,58 @@ def convert(recipe: Recipe, accelerator: Accelerator) -> bool:
     Raises:
         InputError: no student, one whose numbers were changed, or a teacher without decoder.
     """
-    if accelerator.is_main_process:
-        path = chosen_student(recipe)
-        student = load_student(path)
-        config = student.config
-        if config != StudentConfig(config.name, downsample=config.downsample):
-            raise InputError(
-                f"{path} cannot be converted: published are whole students at 1024 px with 256 channels, not "
-                f"{config.image_size} px, {config.embed_dim} channels, overrides {config.overrides}"
-            )
-        teacher, _ = load_sams(recipe, torch.device("cpu"))
-        if line := other_teacher(recipe, teacher):
-            accelerator.print(f"convert: {line}")
-        written = Path(recipe.run_dir) / "export" / f"{architecture_name(config)}.pt"
-        with whole_file(written) as temporary:
-            save_published(temporary, student, teacher)
-            refuse_other_outputs(student, load_checkpoint(temporary).image_encoder)
-        accelerator.print(f"convert: {written}")
-    accelerator.wait_for_everyone()
-    return True
+    path = chosen_student(recipe)
+    student = load_student(path)
+    config = student.config
+    if config != StudentConfig(config.name, downsample=config.downsample):
+        raise InputError(
+            f"{path} cannot be converted: published are whole students at 1024 px with 256 channels, not "
+            f"{config.image_size} px, {config.embed_dim} channels, overrides {config.overrides}"
+        )
+    teacher, _ = load_sams(recipe, torch.device("cpu"))
+    if line := other_teacher(recipe, teacher):
+        accelerator.print(f"convert: {line}")
+    written = Path(recipe.run_dir) / "export" / f"{architecture_name(config)}.pt"
+    with whole_file(written) as temporary:
+        save_published(temporary, student, teacher)
+        refuse_other_outputs(student, load_checkpoint(temporary).image_encoder)
+    return written
+
+
+def convert_sam(recipe: Recipe, path: Path) -> Path:
+    """Write `export/NAME-transformers/`, a ViT SAM with its own decoder, as transformers' `SamModel.from_pretrained`
+    takes it. Before the directory gets that name it is read back, and must hold equal weights.
+
+    Raises:
+        InputError: as `check_sam`.
+    """
+    check_sam(path)
+    sam = load_checkpoint(path)
+    written = Path(recipe.run_dir) / "export" / f"{inspect_checkpoint(path).name}-transformers"
+    with whole_directory(written) as temporary:
+        save_hugging_face(temporary, sam)
+        found = load_checkpoint(temporary).state_dict()
+        if not all(torch.equal(tensor, found[name]) for name, tensor in sam.state_dict().items()):
+            raise RuntimeError("the converted SAM holds other weights")
+    return written
+
+
+def sam_of_others(recipe: Recipe) -> Path | None:
+    """The chosen checkpoint, where it is there and no student of ours."""
+    path = Path(recipe.checkpoint) if recipe.checkpoint else None
+    return path if path is not None and path.exists() and not is_our_student(path) else None
+
+
+def check_sam(path: Path) -> None:
+    """Raise `InputError` unless a checkpoint holds one of segment-anything's encoders and its decoder."""
+    found = inspect_checkpoint(path)
+    if found.name not in VITS:
+        raise InputError(
+            f"{path} cannot be converted: {found.name} is in its publisher's layout, and transformers' SamModel takes "
+            f"{', '.join(VITS)} alone"
+        )
+    if not found.has_decoder:
+        raise InputError(f"{path} cannot be converted: {found.left_out or 'it holds an image encoder alone'}")
 
 
 @torch.no_grad()

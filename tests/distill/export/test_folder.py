@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from distill.export import subject
+from distill.export import folder, subject
 from distill.export.encoder import pad_with_mean_colour
 from distill.export.files import digest
 from distill.export.folder import export
@@ -271,8 +272,57 @@ def test_without_coremltools_the_formats_that_need_it_are_named(
 
 
 @pytest.mark.slow
+def test_coremltools_that_cannot_write_costs_its_own_files(
+    finished_run: Path,
+    scene_tar: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where there is no wheel of it; all stages, for the report is still to come."""
+    monkeypatch.setitem(sys.modules, "coremltools.libmilstoragepython", None)
+    run = Path(shutil.copytree(finished_run / "run", tmp_path / "run"))
+    shutil.rmtree(run / "export")
+    shutil.rmtree(run / "report")
+    images, _, cache = places(finished_run, scene_tar)
+    code = main([*TINY, images, cache, f"run_dir={run}", "export.formats=[onnx, onnx_decoder, coreml]"])
+    said = capsys.readouterr()
+    assert code == 1
+    assert "Traceback" not in said.err
+    last = said.err.strip().splitlines()[-1]
+    assert "Encoder.mlpackage cannot be written: coremltools " in last
+    assert "has no compiled parts for Python" in last
+    manifest = json.loads((run / "export" / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"encoder.onnx", "decoder.onnx", "decoder_multimask.onnx"}
+    assert len(manifest["failures"]) == 2
+    assert (run / "report" / "index.html").exists()
+
+
+@pytest.mark.slow
+def test_whatever_a_converter_raises_costs_its_own_file(
+    finished_run: Path,
+    scene_tar: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("BlobWriter not loaded")
+
+    monkeypatch.setattr(folder, "export_onnx_decoder", fail)
+    run = Path(shutil.copytree(finished_run / "run", tmp_path / "run"))
+    shutil.rmtree(run / "export")
+    images, _, cache = places(finished_run, scene_tar)
+    assert main([*TINY, images, cache, f"run_dir={run}", "stage=export", "export.formats=[onnx, onnx_decoder]"]) == 1
+    said = capsys.readouterr().err
+    assert "decoder.onnx could not be made: RuntimeError: BlobWriter not loaded" in said.strip().splitlines()[-1]
+    assert "in fail" in said  # where it happened
+    assert set(json.loads((run / "export" / "manifest.json").read_text())["files"]) == {"encoder.onnx"}
+
+
+@pytest.mark.slow
 def test_nothing_of_coremltools_is_loaded_until_it_is_needed() -> None:
-    """There is none for Windows, and it takes seconds."""
+    """It takes seconds."""
     code = (
         "import sys; from distill.schema import ON_REQUEST, STAGES; from distill.stages import find_stage; "
         "all(map(find_stage, (*STAGES, *ON_REQUEST))); "

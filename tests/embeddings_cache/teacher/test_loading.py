@@ -1,10 +1,14 @@
+import json
 import os
+import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from segment_anything import SamPredictor, sam_model_registry
+from segment_anything.modeling import ImageEncoderViT
 
 from embeddings_cache.images.preprocessing import pad_pixels, resize_longest_side, to_encoder_input
 from embeddings_cache.images.scenes import generate_scene
@@ -12,6 +16,7 @@ from embeddings_cache.precompute import cache_identity
 from embeddings_cache.teacher.encoder import TeacherEncoder
 from embeddings_cache.teacher.loading import check_teacher, load_teacher, weights_sha256
 from students import InputError, create_student, save_student
+from support import ROOT
 
 
 def test_toy_teacher_is_the_same_every_time_and_leaves_the_seed_alone() -> None:
@@ -100,6 +105,64 @@ def test_a_student_teaches(name: str, dtype: str, largest: float, tmp_path: Path
     assert (found - expected).norm() / expected.norm() < largest
     with pytest.raises(InputError, match=r"student\.safetensors works at image_size=128, not 256"):
         load_teacher("student", str(tmp_path / "student.safetensors"), 256)
+
+
+@pytest.fixture(scope="module")
+def vit_b_at_128_px(vit_b_state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A ViT-B as it is after it was fine-tuned at 128 px: 8 × 8 cells, and every position drawn."""
+    torch.manual_seed(1)
+    state = {**vit_b_state, "image_encoder.pos_embed": torch.randn(1, 8, 8, 768) / 8}
+    for name, tensor in vit_b_state.items():
+        if "rel_pos" in name:
+            everywhere = re.search(r"blocks\.(2|5|8|11)\.", name)
+            state[name] = torch.randn(15, 64) / 8 if everywhere else torch.randn(tensor.shape) / 8
+    return state
+
+
+def test_a_vit_of_another_image_size_teaches_at_that_size(
+    vit_b_at_128_px: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    torch.save({"model": vit_b_at_128_px, "epoch": 30}, tmp_path / "medical.pth")
+    check_teacher("vit_b", str(tmp_path / "medical.pth"), 128)
+    sam = load_teacher("vit_b", str(tmp_path / "medical.pth"), 128)
+    assert sam.prompt_encoder.input_image_size == (128, 128)
+    encoder = ImageEncoderViT(
+        img_size=128,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=14,
+        global_attn_indexes=(2, 5, 8, 11),
+    ).eval()
+    prefix = "image_encoder."
+    encoder.load_state_dict({n.removeprefix(prefix): t for n, t in vit_b_at_128_px.items() if n.startswith(prefix)})
+    pixels, sizes = torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8), torch.tensor([[128, 128]])
+    with torch.no_grad():
+        expected = encoder(to_encoder_input(pixels, sizes))
+    found = TeacherEncoder(sam, torch.device("cpu"))(pixels, sizes)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("holds", "asked"), [(128, 1024), (128, 512), (1024, 512)])
+def test_another_image_size_than_the_checkpoints_is_refused_beforehand(
+    holds: int,
+    asked: int,
+    vit_b_state: dict[str, torch.Tensor],
+    vit_b_at_128_px: dict[str, torch.Tensor],
+    tmp_path: Path,
+) -> None:
+    state = vit_b_at_128_px if holds == 128 else vit_b_state
+    torch.save({name: torch.zeros(1).expand(tensor.shape) for name, tensor in state.items()}, tmp_path / "sam.pth")
+    for refuse in (check_teacher, load_teacher):
+        with pytest.raises(InputError, match=rf"sam\.pth works at image_size={holds}, not {asked}$"):
+            refuse("vit_b", str(tmp_path / "sam.pth"), asked)
+
+
+def test_a_directory_of_transformers_is_a_teachers_checkpoint(tmp_path: Path) -> None:
+    layout = json.loads((ROOT / "tests" / "data" / "hugging_face" / "sam_vit_b.json").read_text())["tensors"]
+    torch.save({name: torch.zeros(1).expand(shape) for name, shape in layout.items()}, tmp_path / "pytorch_model.bin")
+    check_teacher("vit_b", str(tmp_path), 1024)
+    with pytest.raises(InputError, match=r"works at image_size=1024, not 256$"):
+        check_teacher("vit_b", str(tmp_path), 256)
 
 
 class Bomb:

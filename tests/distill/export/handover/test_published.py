@@ -1,11 +1,13 @@
 """Published students on the command line: as a teacher, and as what a student of ours becomes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from segment_anything import SamPredictor
+from safetensors.torch import load_file
+from segment_anything import SamPredictor, sam_model_registry
 
 from distill.main import main
 from distill.recipe import load_recipe
@@ -82,6 +84,48 @@ def test_convert(mobile_sam: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert all(torch.equal(t, tensors[key]) for key, t in teacher.items() if not key.startswith("image_encoder."))
     found = load_checkpoint(converted).image_encoder.state_dict()
     assert all(torch.equal(tensor, found[key]) for key, tensor in student.state_dict().items())
+
+
+def test_a_sam_becomes_one_that_transformers_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its own decoder, and whatever image size it was fine-tuned at."""
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in sam_model_registry["vit_b"]().state_dict().items()}
+    shapes["image_encoder.pos_embed"] = torch.Size((1, 32, 32, 768))
+    shapes |= {f"image_encoder.blocks.{n}.attn.rel_pos_{s}": torch.Size((63, 64)) for n in (2, 5, 8, 11) for s in "hw"}
+    state = {name: torch.tensor([n / 1024]).expand(shape) for n, (name, shape) in enumerate(shapes.items())}
+    torch.save({"model": state, "epoch": 3}, tmp_path / "medical.pth")
+    arguments = ["recipe=quickstart", f"checkpoint={tmp_path / 'medical.pth'}", f"run_dir={tmp_path / 'run'}"]
+    assert main([*arguments, "stage=convert"]) == 0
+    converted = tmp_path / "run" / "export" / "vit_b-transformers"
+    assert f"convert: {converted}" in capsys.readouterr().out
+    written = load_file(converted / "model.safetensors")
+    # One of the decoder and one of the encoder; tests/students/test_hugging_face.py has all kinds.
+    for ours, theirs in (
+        ("image_encoder.blocks.7.norm2.bias", "vision_encoder.layers.7.layer_norm2.bias"),
+        ("mask_decoder.iou_prediction_head.layers.2.weight", "mask_decoder.iou_prediction_head.proj_out.weight"),
+    ):
+        assert torch.equal(written[theirs], state[ours])
+    config = json.loads((converted / "config.json").read_text())
+    assert config["model_type"] == "sam"
+    assert config["vision_config"]["image_size"] == config["prompt_encoder_config"]["image_size"] == 512
+    assert sorted(path.name for path in converted.parent.iterdir()) == ["vit_b-transformers"]
+
+
+def test_what_transformers_has_no_place_for_is_not_converted(
+    mobile_sam: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["recipe=quickstart", f"run_dir={tmp_path / 'run'}", "stage=convert"]
+    assert main([*arguments, f"checkpoint={mobile_sam}"]) == 2
+    expected = "mobile_sam.pt cannot be converted: mobile_sam is in its publisher's layout, and transformers' SamModel"
+    assert expected in capsys.readouterr().err
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in sam_model_registry["vit_b"]().state_dict().items()}
+    shapes["mask_decoder.hf_token.weight"] = torch.Size((1, 256))
+    torch.save({name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}, tmp_path / "hq.pth")
+    assert main([*arguments, f"checkpoint={tmp_path / 'hq.pth'}"]) == 2
+    expected = "hq.pth cannot be converted: its image encoder alone is used, for 1 tensors (mask_decoder.hf_token"
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("changed", [{"image_size": 512}, {"embed_dim": 128}, {"depths": [1, 1, 3, 1]}])
