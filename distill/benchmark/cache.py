@@ -24,6 +24,7 @@ from embeddings_cache.shards import (
     EmbeddingsCache,
     ShardWriter,
     encode_pixels,
+    open_shard,
     shard_paths,
 )
 from embeddings_cache.system import write_json
@@ -167,7 +168,7 @@ def map_plainly(
     """The very bytes that the shards hold, in the order of the cache's rows and without format; where each row ends."""
     rows: dict[str, bytes] = {}
     for shard in cache.shards:
-        with h5py.File(shard) as file:
+        with open_shard(shard) as file:
             rows |= {key.decode(): b"".join(pieces(file, row)) for row, key in enumerate(file["keys"][:])}
     with path.open("wb") as plain:
         ends = [plain.write(rows[key]) and plain.tell() for key in cache.keys]

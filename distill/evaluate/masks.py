@@ -30,7 +30,6 @@ from distill.schema import EvaluateRecipe
 from embeddings_cache.embed import embedded_rows
 from embeddings_cache.images import (
     Account,
-    Skipped,
     assign_sources,
     bounding_box,
     center_point,
@@ -89,11 +88,16 @@ def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> bool:
     scores: list[Score] = []
     errors: list[tuple[float, float]] = []
     skipped: list[dict[str, str]] = []
+    noted: list[dict[str, str]] = []
 
     def skip(key: str, reason: str) -> None:
         skipped.append({"key": key, "reason": reason})
 
-    rows = evaluation_rows(recipe, teacher, skip, accelerator.process_index, accelerator.num_processes)
+    def note(key: str, reason: str) -> None:
+        noted.append({"key": key, "reason": reason})
+
+    account = Account(skip, note)
+    rows = evaluation_rows(recipe, teacher, account, accelerator.process_index, accelerator.num_processes)
     with progress_bar(accelerator, "evaluate", "images") as progress:
         for row in rows:
             progress.update()
@@ -106,12 +110,13 @@ def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> bool:
             mse, cosine = embedding_errors(*embeddings)
             errors.append((mse.item(), cosine.item()))
             scores += score_image(row, teacher, *embeddings, prompts)
-    scores, errors, skipped = gather_object(scores), gather_object(errors), gather_object(skipped)
+    scores, errors = gather_object(scores), gather_object(errors)
+    skipped, noted = gather_object(skipped), gather_object(noted)
     if not errors:
         raise InputError(f"evaluate: no image could be read{f', {skipped[0]}' if skipped else ''}")
     if accelerator.is_main_process:
         content = {"task": "masks", "student": student_sam.image_encoder.config.name, **summarize(scores, errors)}
-        write_json(result, {**content, "skipped": skipped, "made_from": inputs})
+        write_json(result, {**content, "skipped": skipped, "noted": noted, "made_from": inputs})
     accelerator.wait_for_everyone()
     return True
 
@@ -150,7 +155,7 @@ def load_sams(recipe: Recipe, device: torch.device) -> tuple[Sam, Sam]:
 def evaluation_rows(
     recipe: Recipe,
     teacher: Sam,
-    skipped: Skipped = lambda key, reason: None,
+    account: Account | None = None,
     rank: int = 0,
     ranks: int = 1,
     wanted: Callable[[str], bool] = lambda key: True,
@@ -163,11 +168,12 @@ def evaluation_rows(
     if recipe.evaluate.data is not None:
         sources, _ = pick_sources(expand_sources(recipe.evaluate.data), 1.0)
         shares = assign_sources(sources, rank, ranks)
-        samples = read_images(shares, wanted, Account(skipped), reading=reading_of(recipe))
+        account = account or Account()
+        samples = read_images(shares, wanted, account, reading=reading_of(recipe))
         encoder = TeacherEncoder(
             teacher, teacher.device, recipe.teacher.dtype, recipe.teacher.compile, recipe.teacher.batch_size
         )
-        yield from embedded_rows(encoder, samples, recipe.cache.jpeg_quality, skipped)
+        yield from embedded_rows(encoder, samples, recipe.cache.jpeg_quality, account.skipped)
         return
     cache = open_cache(recipe)
     refuse_other_teacher(recipe, cache.info.identity, teacher)

@@ -62,12 +62,12 @@ def decode_image(
         image.load()  # where a PNG's EXIF follows its pixels it is known only now
         orientation = _orientation(image)
         if image.mode.startswith("I") or image.mode == "F":
-            pixels = Image.fromarray(_eight_bits(np.asarray(image), reading, noted))
+            pixels = Image.fromarray(_eight_bits(np.asarray(image), reading, noted)).convert("RGB")
         else:
             pixels = image.convert("RGB")
     if orientation in UPRIGHT:
         pixels = pixels.transpose(UPRIGHT[orientation])
-    return np.asarray(pixels.convert("RGB"))
+    return np.asarray(pixels)
 
 
 def reason_of(error: Exception) -> str:

@@ -12,8 +12,8 @@ NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Of Pillow's formats those that it knows without being able to read them, and those that start another program."""
 
 WANTING = {
-    "heic": "pip install 'sam-distill[heic]'",
-    "heif": "pip install 'sam-distill[heic]'",
+    "heic": "pip install pillow-heif",
+    "heif": "pip install pillow-heif",
     "avif": "pip install 'pillow>=11.3'",
 }
 """What makes a kind of picture readable."""

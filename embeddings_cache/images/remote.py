@@ -141,5 +141,5 @@ def _file_system(url: str) -> tuple[AbstractFileSystem, str]:
     try:
         files, path = url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
-        raise InputError(f"{url}: {first_line(error)}; pip install 'sam-distill[remote]'") from error
+        raise InputError(f"{url}: {first_line(error)} (pip install -e '.[remote]')") from error
     return files, path

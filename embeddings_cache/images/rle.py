@@ -11,7 +11,7 @@ LONGEST_NUMBER = 7
 """Characters of a compressed count, of 5 bits each; more would not fit into 32 bits."""
 
 
-def decode_rle(segmentation: dict[str, Any]) -> np.ndarray:
+def decode_rle(segmentation: Any) -> np.ndarray:
     """One COCO RLE, compressed (`counts` a string) or not (a list) → boolean (H, W).
 
     Raises:
@@ -33,12 +33,14 @@ def as_json(rle: dict[str, Any]) -> dict[str, Any]:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
 
 
-def check_rle(segmentation: dict[str, Any]) -> tuple[int, int]:
+def check_rle(segmentation: Any) -> tuple[int, int]:
     """Height and width of a COCO RLE whose runs cover just that.
 
     Raises:
         ValueError: says what is wrong with it. pycocotools would read memory that is not its own.
     """
+    if not isinstance(segmentation, dict):
+        raise ValueError(f"no RLE, but a {type(segmentation).__name__}")
     size, counts = segmentation.get("size"), segmentation.get("counts")
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         raise ValueError(f"an RLE of size {size!r}")

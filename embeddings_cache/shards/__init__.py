@@ -20,6 +20,7 @@ from embeddings_cache.shards.reader import (
     shard_paths,
 )
 from embeddings_cache.shards.space import check_space, row_bytes
+from embeddings_cache.shards.trouble import open_shard
 from embeddings_cache.shards.verify import DamagedCache, verify_cache
 from embeddings_cache.shards.writer import ShardWriter
 
@@ -40,6 +41,7 @@ __all__ = [
     "images_name",
     "is_complete",
     "keys_in",
+    "open_shard",
     "read_info",
     "refuse_other_cache",
     "row_bytes",

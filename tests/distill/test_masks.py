@@ -26,7 +26,7 @@ from distill.evaluate.masks import (
     summarize,
 )
 from distill.recipe import Recipe, load_recipe
-from embeddings_cache.images.annotations import encode_rle
+from embeddings_cache.images.rle import encode_rle
 from embeddings_cache.images.scenes import generate_scene
 from embeddings_cache.teacher.loading import load_teacher
 from students import InputError, build_student_sam
@@ -188,12 +188,11 @@ def test_bad_images_are_left_out_and_listed(elsewhere: Recipe, accelerator: Acce
     (tmp_path / "garbled.json").write_text(json.dumps({"annotations": masks}))
     elsewhere.evaluate = replace(elsewhere.evaluate, data=str(tmp_path), grid=2)
     evaluate_masks(elsewhere, accelerator)
-    assert result(elsewhere)["images"] == 1
-    bad, garbled = sorted(result(elsewhere)["skipped"], key=lambda entry: entry["key"])
+    assert result(elsewhere)["images"] == 2  # the photograph is good, and asked by a grid as those without annotation
+    (bad,), (garbled,) = result(elsewhere)["skipped"], result(elsewhere)["noted"]
     assert bad["key"] == "bad"
     assert "cannot identify" in bad["reason"]
-    assert garbled["key"] == "garbled"
-    assert "the annotation of garbled cannot be decoded" in garbled["reason"]
+    assert garbled == {"key": "garbled", "reason": "a mask not used: an RLE that is cut short, or text of another kind"}
 
 
 def test_an_annotation_that_cannot_be_decoded_is_named(recipe: Recipe) -> None:

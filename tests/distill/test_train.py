@@ -272,7 +272,7 @@ def test_a_student_of_other_teacher_weights_is_not_taken_for_this_ones(
 def test_another_preprocessings_cache_is_refused(
     recipe: Recipe, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distill.run.fingerprint", lambda: "something else")
+    monkeypatch.setattr("distill.run.fingerprint", lambda sixteen_bit: "something else")
     with pytest.raises(InputError, match="fingerprint of the preprocessing"):
         train(recipe, accelerator)
 

@@ -103,7 +103,7 @@ def test_what_a_png_says_in_xmp_is_not_exif() -> None:
 
 
 def test_an_orthophoto_is_no_bomb() -> None:
-    huge = encoded("PNG", "1", size=(20_000, 9_000))
+    huge = saved(np.zeros((9_000, 20_000), np.uint8))
     with pytest.raises(ValueError, match=r"20000×9000 px are more than data\.max_pixels=178956970"):
         decode_image(huge)
     assert decode_image(huge, Reading(max_pixels=200_000_000)).shape == (9_000, 20_000, 3)
@@ -111,7 +111,7 @@ def test_an_orthophoto_is_no_bomb() -> None:
         decode_image(encoded(), Reading(max_pixels=1000))
 
 
-def sixteen_bits(values: np.ndarray, kind: str = "PNG") -> bytes:
+def saved(values: np.ndarray, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(values).save(buffer, kind)
     return buffer.getvalue()
@@ -121,10 +121,10 @@ def test_twelve_bits_in_sixteen_are_told_of_and_may_be_stretched() -> None:
     values = np.arange(100, 4100, 4, dtype=np.uint16)[:1000].reshape(25, 40)
     values = np.minimum(values, 4095)
     told: list[str] = []
-    dark = decode_image(sixteen_bits(values), noted=told.append)
+    dark = decode_image(saved(values), noted=told.append)
     assert dark.max() == 15
     assert told == ["its 16 bits never use the upper 4 and come out dark: data.sixteen_bit=stretch"]
-    stretched = decode_image(sixteen_bits(values), Reading(sixteen_bit="stretch"), pytest.fail)
+    stretched = decode_image(saved(values), Reading(sixteen_bit="stretch"), pytest.fail)
     expected = np.round((values - 100.0) * 255 / (4095 - 100)).astype(np.uint8)
     assert np.array_equal(stretched, np.repeat(expected[..., None], 3, axis=2))
 
@@ -132,9 +132,9 @@ def test_twelve_bits_in_sixteen_are_told_of_and_may_be_stretched() -> None:
 def test_floats_may_be_stretched() -> None:
     values = np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40)
     told: list[str] = []
-    assert decode_image(sixteen_bits(values, "TIFF"), noted=told.append).max() <= 1
+    assert decode_image(saved(values, "TIFF"), noted=told.append).max() <= 1
     assert "go to 1" in told[0]
-    stretched = decode_image(sixteen_bits(values, "TIFF"), Reading(sixteen_bit="stretch"))
+    stretched = decode_image(saved(values, "TIFF"), Reading(sixteen_bit="stretch"))
     assert (stretched.min(), stretched.max()) == (0, 255)
 
 

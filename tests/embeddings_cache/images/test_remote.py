@@ -146,5 +146,5 @@ def test_object_stores(memory: str) -> None:
 
 
 def test_a_store_whose_package_is_missing_says_so() -> None:
-    with pytest.raises(InputError, match=r"nowhere://bucket/\*\.tar: .*pip install 'sam-distill\[remote\]'"):
+    with pytest.raises(InputError, match=r"nowhere://bucket/\*\.tar: .*\(pip install -e '\.\[remote\]'\)"):
         expand_sources("nowhere://bucket/*.tar")

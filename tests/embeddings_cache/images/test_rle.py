@@ -50,6 +50,12 @@ def test_runs_that_do_not_cover_the_picture_never_reach_pycocotools(counts: Any,
         decode_rle({"size": [4, 4], "counts": counts})
 
 
+@pytest.mark.parametrize("segmentation", [None, [[1, 2, 3, 4]], "02", 5])
+def test_what_is_no_rle_at_all(segmentation: Any) -> None:
+    with pytest.raises(ValueError, match="no RLE"):
+        decode_rle(segmentation)
+
+
 @pytest.mark.parametrize("size", [None, [4], [4, 4, 4], [4, -4], [0, 4], [4.0, 4], ["4", "4"], [2**20, 2**20]])
 def test_sizes_that_are_none(size: Any) -> None:
     with pytest.raises(ValueError, match="RLE of"):

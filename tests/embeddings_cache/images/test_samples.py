@@ -93,9 +93,7 @@ def test_what_is_not_readable_here_says_what_would_read_it(tmp_path: Path, monke
     line = str(look_through([str(tmp_path)], lambda key: True))
     for function in known:
         function.cache_clear()
-    assert (
-        line == "1 images (1 .jpg) in 1 folder; 0 with annotations; left out: 1 .heic (pip install 'sam-distill[heic]')"
-    )
+    assert line == "1 images (1 .jpg) in 1 folder; 0 with annotations; left out: 1 .heic (pip install pillow-heif)"
 
 
 @pytest.mark.parametrize("suffix", ["heic", "avif"])
