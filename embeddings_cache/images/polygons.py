@@ -70,7 +70,7 @@ def _points(value: Any) -> np.ndarray:
     """(N, 2), or nothing where a value is something else."""
     try:
         points = np.array(value, dtype=float)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return np.empty((0, 2))
     return points if points.ndim == 2 and points.shape[1] == 2 else np.empty((0, 2))
 
@@ -158,6 +158,6 @@ def _coco_masks(annotations: list[dict[str, Any]], size: tuple[int, int]) -> Ite
 def _flat(part: Any) -> np.ndarray:
     try:
         values = np.array(part, dtype=float)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return np.empty(0)
     return values if values.ndim == 1 and len(values) % 2 == 0 else np.empty(0)

@@ -43,6 +43,7 @@ def test_what_divides_models_is_refused_before_anything_is_done(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", [0, 0.9])
 def test_a_launcher_that_compiles_leaves_a_student_like_others(
     ema: float, finished_run: Path, scene_tar: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -57,6 +57,7 @@ def test_labelmes_shapes_become_masks() -> None:
         ({"points": STAR}, (60, 81), r"annotated at \[60, 81\]"),
         ({"points": [[0, 0]], "shape_type": "point"}, SIZE, "no polygon"),
         ({"points": [[0, 0], [1, "x"], [3, 3]]}, SIZE, "no polygon"),
+        ({"points": [[0, 0], [10**400, 1], [3, 3]]}, SIZE, "no polygon"),
         ({"points": [[0, 0], [1, float("nan")], [3, 3]]}, SIZE, "no numbers"),
     ],
 )

@@ -29,7 +29,7 @@ with sole_user(Path(sys.argv[1])):
 """
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
 def test_a_file_system_without_locks_has_one_user_too(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
