@@ -19,7 +19,7 @@ from distill.evaluate.watch import MaskWatch, load_decoder
 from distill.losses import Objective, embedding_errors
 from distill.recipe import Recipe, to_yaml
 from distill.run import bind_cache, open_cache, trained_student
-from distill.training.batches import Batch, CachedImages, TimedBatches, TrainingOrder, make_loader
+from distill.training.batches import Batch, CachedImages, TimedBatches, TrainingOrder, check_limits, make_loader
 from distill.training.checkpoints import Checkpoints
 from distill.training.mask_loss import MaskLoss
 from distill.training.metrics import Metrics, Pace
@@ -57,6 +57,8 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
     cache = open_cache(recipe, partly=recipe.cache.per_node)
     rows = divide_rows(recipe, cache, accelerator)
     plan = Plan.of(recipe, rows.an_epoch, accelerator.num_processes)
+    images = CachedImages(cache, recipe)
+    check_limits(images, plan.micro_batch, len(rows.held_out), recipe, accelerator.device)
     prefer_determinism(accelerator)
     decoder = load_decoder(recipe, cache, accelerator)
     objective = Objective(recipe.image_size, settings.ignore_padding, decoder and MaskLoss(decoder))
@@ -70,7 +72,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
     metrics = Metrics(recipe, accelerator, step)
     monitor = Monitor(accelerator, settings.stop_above, settings.log_every, settings.checkpoint_minutes)
     order = TrainingOrder(rows.of_group, plan, recipe.seed, rows.group, step)
-    loader = make_loader(CachedImages(cache, recipe), order, recipe, accelerator.device)
+    loader = make_loader(images, order, recipe, accelerator.device)
     batches = TimedBatches(loader, accelerator.device)
 
     def note_scores(epoch: int, pace: dict[str, float]) -> None:

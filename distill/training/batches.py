@@ -1,16 +1,17 @@
 """Which images a process takes when, and how they come from the cache to the device."""
 
 import gc
-import os
+import pickle
 import signal
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from distill.recipe import Recipe
 from distill.training.limits import limit_of_workers, refuse_few_files, refuse_little_shared_memory
@@ -89,6 +90,33 @@ class Batch:
         )
 
 
+class Handed:
+    """A batch on its way out of a worker, its tensors in shared memory already.
+
+    Left to PyTorch, that is done by the thread that feeds the worker's queue: where shared memory or open files do not
+    suffice, the thread prints an error and drops the batch, for which the training process then waits for ever. Here
+    it fails where the batch is made, and the loader raises it.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.pickled = bytes(ForkingPickler.dumps(batch))
+
+    def open(self) -> Batch:
+        """In the process that it was made for; once."""
+        batch: Batch = pickle.loads(self.pickled)
+        return batch
+
+    def pin_memory(self) -> Batch:
+        """The loader calls this, where there is a GPU."""
+        return self.open().pin_memory()
+
+
+def collate(samples: list[Sample]) -> Batch | Handed:
+    """A batch, in a worker ready to be handed over."""
+    batch = Batch.of(samples)
+    return Handed(batch) if get_worker_info() is not None else batch
+
+
 class CachedImages(Dataset[Sample]):
     """Samples by epoch and row. Prompts are drawn where the epoch's losses ask for masks, by seed, epoch and key."""
 
@@ -97,9 +125,9 @@ class CachedImages(Dataset[Sample]):
 
     @property
     def bytes_each(self) -> int:
-        """About what a sample takes: the embedding, and the picture at three by four."""
+        """What a sample takes at most: its embedding and a square picture."""
         channels, height, width = self.cache.info.identity.embedding_shape
-        return 2 * channels * height * width + 3 * self.recipe.image_size**2 * 3 // 4
+        return 2 * channels * height * width + 3 * self.recipe.image_size**2
 
     def __getitem__(self, draw: Draw) -> Sample:
         epoch, index = draw
@@ -148,12 +176,16 @@ class TimedBatches:
         self.loader, self.device, self.waited = loader, device, 0.0
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        batches = iter(self.loader)
+        batches: Any = None
         try:
             while True:
                 began, failure = time.perf_counter(), ""
                 try:
+                    if batches is None:
+                        batches = iter(self.loader)  # starts the workers
                     batch = next(batches, None)
+                    if isinstance(batch, Handed):
+                        batch = batch.open()
                 except InputError as error:  # a worker's comes with its traceback, and ends with what it says
                     failure = str(error).rpartition("InputError: ")[2].strip()
                 except (RuntimeError, OSError, EOFError) as error:
@@ -173,27 +205,41 @@ class TimedBatches:
 def make_loader(
     images: CachedImages, order: Sampler[list[Draw]] | list[list[Draw]], recipe: Recipe, device: torch.device
 ) -> DataLoader:
-    """Reads and decodes, in processes of their own where there are to be any.
-
-    On a CPU there are none by default: they would compete with the training for the cores, and a worker forked off a
-    training process of many GB keeps that memory from being reused.
-    """
-    on_cpu = device.type == "cpu"
-    workers = recipe.train.workers if recipe.train.workers is not None else (0 if on_cpu else WORKERS_ON_A_GPU)
-    if workers:
-        batch = max(1, recipe.train.batch_size // (recipe.train.accumulate * int(os.environ.get("WORLD_SIZE", "1"))))
-        refuse_little_shared_memory(images.bytes_each * batch, workers)
-        refuse_few_files(batch, workers, len(images.cache.shards))
+    """Reads and decodes, in processes of their own where there are to be any."""
+    workers = workers_of(recipe, device)
     return DataLoader(
         images,
         batch_sampler=order,
-        collate_fn=Batch.of,
+        collate_fn=collate,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_trainer,
         # Of its own: the loader draws from it, which must not move the run's random numbers.
         generator=torch.Generator().manual_seed(recipe.seed),
     )
+
+
+def workers_of(recipe: Recipe, device: torch.device) -> int:
+    """How many processes read for this one.
+
+    On a CPU there are none by default: they would compete with the training for the cores, and a worker forked off a
+    training process of many GB keeps that memory from being reused.
+    """
+    if recipe.train.workers is not None:
+        return recipe.train.workers
+    return 0 if device.type == "cpu" else WORKERS_ON_A_GPU
+
+
+def check_limits(images: CachedImages, batch: int, held_out: int, recipe: Recipe, device: torch.device) -> None:
+    """Raise `InputError` where workers will not have what they need, before the first of them is started.
+
+    Args:
+        batch: images of a forward pass.
+        held_out: images that this process validates on.
+    """
+    if workers := workers_of(recipe, device):
+        refuse_little_shared_memory(images.bytes_each * batch, workers, -(-held_out // batch))
+        refuse_few_files(batch, workers, len(images.cache.shards))
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

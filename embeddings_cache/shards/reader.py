@@ -186,8 +186,16 @@ def is_complete(directory: Path, info: CacheInfo) -> bool:
 
 
 def shard_paths(directory: Path) -> list[Path]:
-    """The finished shards of a cache, in order."""
-    return sorted(directory.glob("shard-*.h5"))
+    """The finished shards of a cache, in order; none where there is no such directory.
+
+    Raises:
+        OSError: the directory cannot be read. `Path.glob` would find nothing in it, and all shards would count as lost.
+    """
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return []
+    return sorted(directory / name for name in names if name.startswith("shard-") and name.endswith(".h5"))
 
 
 def keys_in(shard: Path, identity: CacheIdentity) -> list[str]:

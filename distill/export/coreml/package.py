@@ -39,6 +39,8 @@ def require_coremltools() -> Any:
         import coremltools
     except ImportError as error:
         raise InputError("Core ML files need coremltools (pip install coremltools)") from error
+    except Exception as error:  # of many kinds, where it is older or newer than a package that it needs
+        raise InputError(f"cannot be written: coremltools cannot be imported: {first_line(error)}") from error
     return coremltools
 
 

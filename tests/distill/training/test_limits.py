@@ -48,17 +48,47 @@ def test_little_shared_memory_is_seen_before_a_worker_dies_of_it(
     if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("only root on Linux may have shared memory of its own")
     said = train(tmp_path, finished_run, scene_tar, "train.workers=1", shell=unshare)
-    assert "MiB of shared memory for batches that wait, and /dev/shm has 0 MiB: docker run --shm-size=8g" in said
+    assert "MiB of shared memory for batches that wait, and /dev/shm has 0.2 MiB: docker run --shm-size=8g" in said
 
 
 def test_shared_memory_as_docker_gives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """64 MB are too little for a recipe's 8 images of 1024 px and 4 workers, and enough for one of each."""
+    """64 MB are too little for a recipe's 8 images of 1024 px and 4 workers, and enough for one of each.
+
+    Validation reads while training's batches wait: what it will need is said before training begins.
+    """
     monkeypatch.setattr(limits, "SHARED_MEMORY", tmp_path)
     monkeypatch.setattr(limits.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 64 << 20))
-    image = 2 * 256 * 64 * 64 + 3 * 1024 * 768
-    refuse_little_shared_memory(image, workers=1)
-    with pytest.raises(InputError, match=r"train\.workers=4 needs 272 MiB of shared memory .* has 64 MiB"):
-        refuse_little_shared_memory(8 * image, workers=4)
+    image = 2 * 256 * 64 * 64 + 3 * 1024**2
+    refuse_little_shared_memory(image, workers=1, validation=99)
+    refuse_little_shared_memory(2 * image, workers=2, validation=0)
+    for images, workers, validation, needed in ((8, 4, 99, "800.0"), (8, 4, 1, "440.0"), (2, 2, 5, "110.0")):
+        said = rf"train\.workers={workers} needs {needed} MiB of shared memory .* has 64\.0 MiB"
+        with pytest.raises(InputError, match=said):
+            refuse_little_shared_memory(images * image, workers, validation)
+
+
+NOT_FORESEEN = """
+import sys
+from distill.main import main
+from distill.training import batches
+
+batches.refuse_little_shared_memory = batches.refuse_few_files = lambda *limits: None
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_batch_that_cannot_be_handed_over_ends_training(finished_run: Path, scene_tar: Path, tmp_path: Path) -> None:
+    """Whatever the estimates foresee: it is never dropped in a worker's thread and waited for."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (52, 52))
+
+    images, _, cache = places(finished_run, scene_tar)
+    arguments = [*TINY, "stage=train", images, cache, f"run_dir={tmp_path / 'run'}", "train.batch_size=20"]
+    command = [sys.executable, "-c", NOT_FORESEEN, *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, preexec_fn=limit)
+    assert result.returncode == 2, result.stderr
+    assert "train.workers=1 hand over more files than this system lets a process open" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,27 @@ def test_a_cache_that_cannot_be_read_now_is_not_called_damaged(copy: Path, monke
     assert len(shard_paths(copy)) == 3
 
 
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: unspecified launch failure"), OSError("cannot allocate")])
+def test_what_the_teacher_runs_into_is_not_damage(error: Exception, copy: Path) -> None:
+    def embed(row: object) -> torch.Tensor:
+        raise error
+
+    with pytest.raises(type(error), match=str(error)):
+        verify_cache(copy, embed, recompute=5, drop=True)
+    assert len(shard_paths(copy)) == 3
+
+
+def test_a_directory_that_cannot_be_listed_has_not_lost_its_shards(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refuse)
+    for read in (EmbeddingsCache, partial(verify_cache, embed=None, recompute=0)):
+        with pytest.raises(PermissionError):
+            read(copy)
+
+
 def damage_header(shard: Path) -> None:
     shard.write_bytes(b"\0" * 100 + shard.read_bytes()[100:])
 
