@@ -29,6 +29,7 @@ from embeddings_cache.images import (
     read_images,
     resized_shape,
 )
+from embeddings_cache.precompute import MOST_THREADS
 from embeddings_cache.shards import CacheIdentity, row_bytes
 from embeddings_cache.system import available_cores, progress_bar, stable_hash, whole_file, write_json
 from embeddings_cache.teacher import TOY_CHANNELS
@@ -124,7 +125,7 @@ def samples_of(recipe: Recipe, account: Account, accelerator: Accelerator) -> It
 
     survey = look_through(sources, wanted, annotations or ())
     accelerator.print(f"inspect: {survey}")
-    shares, threads = assign_sources(sources, 0, 1), available_cores()
+    shares, threads = assign_sources(sources, 0, 1), min(MOST_THREADS, available_cores())
     with progress_bar(accelerator, "inspect", "images", total=survey.total) as progress:
         for sample in read_images(shares, wanted, account, threads, reading_of(recipe), annotations):
             progress.update()
@@ -237,5 +238,6 @@ def _size(size: tuple[int, int] | None) -> str:
 
 def _reasons(title: str, entries: list[dict[str, Any]]) -> Iterator[str]:
     for number, entry in enumerate(entries):
-        shown = ", ".join(entry["keys"][:EXAMPLES]) + (", ..." if entry["count"] > EXAMPLES else "")
+        keys = (key.encode("utf-8", "backslashreplace").decode() for key in entry["keys"][:EXAMPLES])
+        shown = ", ".join(keys) + (", ..." if entry["count"] > EXAMPLES else "")
         yield f"  {'' if number else title:<13} {entry['count']:,}× {entry['reason']} ({shown})"

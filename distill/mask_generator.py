@@ -39,7 +39,8 @@ class BoundedMaskGenerator(SamAutomaticMaskGenerator):
         if self.pred_iou_thresh > 0.0:
             data.filter(data["iou_preds"] > self.pred_iou_thresh)
         parts = MaskData()
-        count = max(1, AT_ONCE // (im_size[0] * im_size[1]))
+        # On its way to the photograph's size a mask has the encoder's.
+        count = max(1, AT_ONCE // max(im_size[0] * im_size[1], self.predictor.model.image_encoder.img_size**2))
         places = torch.arange(len(data["low_res"]))
         for some in places.split(count) if len(places) else (places,):
             part = MaskData(**{name: values[some.to(values.device)] for name, values in data.items()})

@@ -131,7 +131,8 @@ def precompute(
         held.enter_context(sole_user(directory, rank))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            for leftover in directory.glob(f"{TEMPORARY}*"):
+            leftovers = [f"{TEMPORARY}*"] if shard_paths(directory) else [f"{TEMPORARY}*", "notes*.jsonl"]
+            for leftover in (path for pattern in leftovers for path in directory.glob(pattern)):
                 leftover.unlink()
             write_json(directory / "cache.json", CacheInfo(identity, complete=False).as_json())
         accelerator.wait_for_everyone()

@@ -15,7 +15,7 @@ def usable_annotation(encoded: bytes, size: tuple[int, int], noted: Callable[[st
     """The text of SA-1B's JSON if a file lists masks as SA-1B does, or as LabelMe; None if it says something else.
 
     WebDataset tars of other origins keep captions and the like in their `.json`; those are photographs without
-    annotations to us, and so is one whose `.json` cannot be read.
+    annotations to us, and nothing is said of them. So is one whose `.json` cannot be read.
 
     Args:
         encoded: the JSON file: UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
@@ -30,7 +30,7 @@ def usable_annotation(encoded: bytes, size: tuple[int, int], noted: Callable[[st
         good = _good_entries(value, size, noted)
         if not good or len(good) == len(value["annotations"]):
             return text if good else None
-        return json.dumps({**value, "annotations": good}, ensure_ascii=False)
+        return json.dumps({**value, "annotations": good})
     except UnicodeDecodeError as error:
         noted(f"annotation not used: not {error.encoding}")
     except json.JSONDecodeError as error:
@@ -51,7 +51,8 @@ def _good_entries(value: Any, size: tuple[int, int], noted: Callable[[str], obje
     found = [entry.get("segmentation") if isinstance(entry, dict) else None for entry in entries]
     masks = [mask for mask in found if isinstance(mask, dict) and {"size", "counts"} <= mask.keys()]
     if not masks or len(masks) < len(entries):
-        noted("annotation not used: it lists no masks as SA-1B does")
+        if not isinstance(value, dict) or "annotations" in value:
+            noted("annotation not used: it lists no masks as SA-1B does")
         return []
     if others := [mask["size"] for mask in masks if mask["size"] != list(size)]:
         raise ValueError(f"annotated at {others[0]}, the image has {list(size)} (height, width)")

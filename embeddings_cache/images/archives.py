@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from embeddings_cache.images.names import ANNOTATION, is_hidden, is_picture, stem_of, suffix_of, webdataset_key
 from embeddings_cache.images.remote import is_remote, open_remote
+from embeddings_cache.system import PASSING
 from students import InputError, first_line
 
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -66,11 +67,15 @@ def read_stream(source: str, damaged: Callable[[str], None]) -> Iterator[list[Me
         InputError: it cannot be opened, or a download broke off.
     """
     together: list[Member] = []
+    last: str | None = None
     for member in _stream_files(source, damaged):
-        enough = stem_of if len(together) >= FILES_TOGETHER else webdataset_key
-        if together and enough(member[0]) != enough(together[-1][0]):
-            yield together
-            together = []
+        name = member[0]
+        if not is_hidden(name):  # macOS puts `._1.json` between `1.jpg` and `1.json`
+            enough = stem_of if len(together) >= FILES_TOGETHER else webdataset_key
+            if last is not None and enough(name) != enough(last):
+                yield together
+                together = []
+            last = name
         together.append(member)
     if together:
         yield together
@@ -126,6 +131,7 @@ def _open_plain_tar(path: str, damaged: Callable[[str], None]) -> Iterator[list[
                 members.append(member)
             _refuse_more(tar.fileobj)
         except TAR_ERRORS as error:
+            _refuse_trouble(path, error)
             damaged(f"tar is cut short or damaged: {first_line(error)}")
             members = [member for member in members if member.offset_data + member.size <= size]
 
@@ -158,8 +164,13 @@ def _stream_files(source: str, damaged: Callable[[str], None]) -> Iterator[Membe
             opened = True
             _refuse_more(tar.fileobj)
     except TAR_ERRORS as error:
+        _refuse_trouble(source, error)
         if not opened or is_remote(source):
-            hint = "; data.images takes tars and zips" if not is_remote(source) and not is_archive(source) else ""
+            hint = (
+                ""
+                if source.endswith(".tar") or source.startswith("pipe:")
+                else "; this takes tars, and zips that lie here"
+            )
             raise InputError(f"cannot read {source}: {first_line(error)}{hint}") from error
         damaged(f"tar is cut short or damaged: {first_line(error)}")
 
@@ -186,6 +197,12 @@ def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
         return archive.read(member)
     except ZIP_ERRORS as error:
         raise OSError(f"damaged in the zip: {first_line(error)}") from error
+
+
+def _refuse_trouble(source: str, error: Exception) -> None:
+    """Raise `InputError` where what keeps an archive from being read will pass: it must not cost images."""
+    if isinstance(error, OSError) and error.errno in PASSING:
+        raise InputError(f"cannot read {source}: {error.strerror}; the same command goes on from here") from error
 
 
 def _refuse_more(stream: Any) -> None:

@@ -32,7 +32,7 @@ def picture_formats() -> dict[str, str]:
         for suffix, name in Image.registered_extensions().items()
         if name in Image.OPEN and name not in NO_PICTURES
     }
-    common = {suffix: readable[suffix] for suffix in COMMON}
+    common = {suffix: readable[suffix] for suffix in COMMON if suffix in readable}
     return {**common, **{suffix: readable[suffix] for suffix in sorted(readable)}}
 
 

@@ -9,6 +9,7 @@ from embeddings_cache.images.formats import picture_suffixes
 
 ANNOTATION = "json"
 HIDDEN = "hidden files"
+LONGEST_SUFFIX = 8
 BESIDE = "pictures beside another of the same name"
 
 
@@ -61,7 +62,11 @@ def kind_of(name: str) -> str:
     """What a file is counted as where it is left out."""
     if is_hidden(name):
         return HIDDEN
-    return f".{suffix}" if (suffix := suffix_of(name)) else "files without a suffix"
+    suffix = suffix_of(name)
+    if not suffix:
+        return "files without a suffix"
+    known = suffix.isascii() and suffix.isalnum() and not suffix.isdigit() and len(suffix) <= LONGEST_SUFFIX
+    return f".{suffix}" if known else "other files"
 
 
 def webdataset_key(name: str) -> str:
@@ -97,13 +102,18 @@ def group_files(names: Sequence[str]) -> Iterator[Group | Lost | LeftOut]:
 def group_by_stem(names: Sequence[str]) -> Iterator[Group | Lost | LeftOut]:
     """What the files of a folder are: there, a picture's annotation has its name with another suffix."""
     annotations = {stem_of(name): place for place, name in enumerate(names) if suffix_of(name) == ANNOTATION}
-    used = set()
+    order = {suffix: place for place, suffix in enumerate(picture_suffixes())}
+    best: dict[str, int] = {}
+    for name in filter(is_picture, names):
+        kind = order[suffix_of(name)]
+        best[stem_of(name)] = min(kind, best.get(stem_of(name), kind))
     for place, name in enumerate(names):
-        if is_picture(name):
-            used.add(found := annotations.get(stem_of(name)))
-            yield Group(stem_of(name), place, found)
-    for place, name in enumerate(names):
-        if place not in used and not is_picture(name):
+        stem = stem_of(name)
+        if is_picture(name) and order[suffix_of(name)] == best[stem]:
+            yield Group(stem, place, annotations.get(stem))
+        elif is_picture(name):
+            yield LeftOut(name, BESIDE)
+        elif annotations.get(stem) != place or stem not in best:
             yield LeftOut(name, kind_of(name))
 
 

@@ -102,7 +102,13 @@ class CocoFile:
                 f"data.annotations={path} is not COCO's instances, with images and annotations: {first_line(error)}"
             ) from error
         self._path = path
-        self._by_stem = {stem_of(_name_of(image, path)): image for image in images.values()}
+        self._by_stem: dict[str, dict[str, Any]] = {}
+        for image in images.values():
+            known = self._by_stem.setdefault(stem_of(_name_of(image, path)), image)
+            if known is not image:  # listed twice, or beside one of another kind
+                if (known["height"], known["width"]) != (image["height"], image["width"]):
+                    raise InputError(f"data.annotations={path}: {image['file_name']} is there in two sizes")
+                by_image[known["id"]] += by_image.pop(image["id"], [])
         names = defaultdict(list)
         for stem, image in self._by_stem.items():
             names[PurePosixPath(stem).name].append(image)

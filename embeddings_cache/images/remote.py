@@ -20,6 +20,8 @@ TRIES = 6
 FIRST_PAUSE = 1.0
 """Seconds."""
 BUFFER = 1 << 20
+FINAL = (401, 403, 404, 410)
+"""What a web server says that it will say again. fsspec calls everything that it cannot look at a file not found."""
 
 
 def is_remote(source: str) -> bool:
@@ -87,7 +89,7 @@ class _Download(io.RawIOBase):
 
     def _read(self, most: int) -> bytes:
         if self._file is None:
-            self._file = _open_at(self._files, self._path, self._place)
+            self._file = _open_at(self._files, self._path, self._place, self._size)
         content = self._file.read(most)
         if not content and self._size is not None and self._place < self._size:
             raise EOFError(f"it broke off after {self._place:,} of {self._size:,} bytes")
@@ -97,14 +99,15 @@ class _Download(io.RawIOBase):
         for tried in range(1, TRIES + 1):
             try:
                 return action()
-            except FileNotFoundError as error:
-                raise FileNotFoundError("no such file") from error
             except PermissionError:
                 raise
             except Exception as error:  # each store has errors of its own
                 self._let_go()
+                cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+                if cause is None or getattr(cause, "status", None) in FINAL:
+                    raise FileNotFoundError("no such file, or none that one may read") from error
                 if tried == TRIES:
-                    raise OSError(f"{first_line(error)} (tried {TRIES} times)") from error
+                    raise OSError(f"{first_line(cause)} (tried {TRIES} times)") from error
             time.sleep(FIRST_PAUSE * 2 ** (tried - 1))
 
     def _let_go(self) -> None:
@@ -113,14 +116,17 @@ class _Download(io.RawIOBase):
             file.close()
 
 
-def _open_at(files: AbstractFileSystem, path: str, place: int) -> Any:
-    """An open file at a place. From a web server one response is read, and not a request a block: not all can seek."""
+def _open_at(files: AbstractFileSystem, path: str, place: int, size: int | None) -> Any:
+    """An open file at a place; its size, where it is known, is not asked for again.
+
+    From a web server one response is read, and not a request a block: not all can seek.
+    """
     if "http" not in files.protocol:
         file = files.open(path, "rb")
         file.seek(place)
         return file
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={place}-"} if place else {})
-    file = files.open(path, "rb", block_size=0, headers=headers)
+    file = files.open(path, "rb", block_size=0, headers=headers, size=size)
     if place and file.r.status != 206:  # it sends all of it again
         while place and (passed := file.read(min(place, BUFFER))):
             place -= len(passed)

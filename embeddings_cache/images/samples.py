@@ -17,8 +17,10 @@ from embeddings_cache.images.polygons import CocoFile
 from embeddings_cache.images.remote import is_remote
 from embeddings_cache.images.skipped import Skipped
 from embeddings_cache.images.sources import Share
-from embeddings_cache.system import map_ahead
+from embeddings_cache.system import PASSING, map_ahead
+from students import InputError
 
+GOES_ON = "; the same command goes on from here"
 APART = "its image lies elsewhere in the tar, they must lie together"
 
 
@@ -118,19 +120,21 @@ def _unique_samples(shares: Iterable[Share], wanted: Callable[[str], bool], acco
     seen: set[str] = set()
 
     for share in shares:
-        positions: dict[str, int] = {}  # of wanted keys: the same in every process that reads this source
+        positions: dict[str, int] = {}  # of wanted names: the same in every process that reads this source
+
+        def mine(name: str, positions: dict[str, int] = positions, share: Share = share) -> bool:
+            return wanted(name) and positions.setdefault(name, len(positions)) % share.parts == share.part
+
         left_out = account.left_out[share.source] = Counter()
         for files in _windows(share.source, account.skipped):
             for found in files.group(files.names):
                 if isinstance(found, LeftOut):
                     left_out[found.kind] += 1
                 elif isinstance(found, Lost):
-                    if wanted(found.name):
+                    if mine(found.name):
                         account.skipped(found.name, found.reason + (f"; {APART}" if found.name in seen else ""))
-                elif wanted(found.key):
-                    position = positions.setdefault(found.key, len(positions))
-                    if position % share.parts == share.part and (sample := _encoded(found, files, seen, account)):
-                        yield sample
+                elif mine(found.key) and (sample := _encoded(found, files, seen, account)):
+                    yield sample
         if share.parts > 1:
             account.divided[share.source] = len(positions)
 
@@ -147,6 +151,8 @@ def _encoded(group: Group, files: Files, seen: set[str], account: Account) -> En
             picture = files.read(group.picture)
             annotation = None if group.annotation is None else files.read(group.annotation)
         except OSError as error:
+            if error.errno in PASSING:
+                raise InputError(f"cannot read {files.names[group.picture]}: {error.strerror}{GOES_ON}") from error
             account.skipped(key, f"{type(error).__name__}: {error.strerror or error}")
             return None
         seen.add(key)
@@ -179,9 +185,9 @@ def _decoded(encoded: Encoded, reading: Reading, annotations: CocoFile | None) -
     except Exception as error:  # Pillow lets many kinds through; one bad sample must not end the run
         return encoded.key, reason_of(error)
     size = (image.shape[0], image.shape[1])
-    annotation = None
+    annotation, beside = None, list[str]()
     if encoded.annotation is not None:
-        annotation = usable_annotation(encoded.annotation, size, notes.append)
+        annotation = usable_annotation(encoded.annotation, size, beside.append)
     if annotation is None and annotations is not None and (listed := annotations.annotation(encoded.key)):
-        annotation = usable_annotation(listed, size, notes.append)
-    return Sample(encoded.key, image, annotation, encoded.kind, tuple(notes))
+        annotation, beside = usable_annotation(listed, size, notes.append), []
+    return Sample(encoded.key, image, annotation, encoded.kind, (*notes, *beside))

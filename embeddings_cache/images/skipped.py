@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from embeddings_cache.system import whole_file
@@ -76,14 +77,22 @@ def commonest(told: list[tuple[str, str]]) -> str:
 def gather_notes(directory: Path) -> list[tuple[str, str]]:
     """Put what all processes have noted, in this run and in those before it, into `notes.jsonl`; by key."""
     parts, path = sorted(directory.glob("notes-*.jsonl")), directory / "notes.jsonl"
-    lines = {line for part in parts for line in part.read_text(encoding="utf-8").splitlines() if line.endswith("}")}
-    lines |= set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
-    if lines:
+    files = [*parts, path] if path.exists() else parts
+    notes = sorted({note for file in files for note in _notes_in(file)})
+    if notes:
         with whole_file(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in sorted(lines)), encoding="utf-8")
+            temporary.write_text("".join(f"{_line(*note)}\n" for note in notes), encoding="utf-8")
     for part in parts:
         part.unlink()
-    return [(note["key"], note["reason"]) for note in map(json.loads, sorted(lines))]
+    return notes
+
+
+def _notes_in(path: Path) -> Iterator[tuple[str, str]]:
+    """Keys and notes; a line that a crash cut off, and what was appended to it, is passed over."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            note = json.loads(line)
+            yield note["key"], note["reason"]
 
 
 def _line(key: str, reason: str) -> str:

@@ -7,13 +7,12 @@ import math
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from webdataset.shardlists import expand_urls
 
 from embeddings_cache.images.archives import is_archive
 from embeddings_cache.images.folders import is_folder_like, is_pattern, top_matches, walk_files
-from embeddings_cache.images.names import is_picture
+from embeddings_cache.images.names import is_hidden, is_picture
 from embeddings_cache.images.remote import expand_remote, is_remote
 from embeddings_cache.system import stable_hash
 from students import InputError, first_line
@@ -36,7 +35,7 @@ def expand_sources(spec: str | list[str]) -> list[str]:
 
     Args:
         spec: one or a list of: a tar's or a zip's path; a folder; a glob of tars, zips, folders or pictures; a brace
-            pattern (`sa_{000000..000999}.tar`); a URL that fsspec reads, also as a glob (`s3://bucket/*.tar`);
+            pattern (`sa_{000000..000999}.tar`); a tar's URL that fsspec reads, also as a glob (`s3://bucket/*.tar`);
             `pipe:COMMAND`, whose output is a tar. A folder that holds no picture but archives stands for those. What
             is there under its name is no pattern.
 
@@ -130,17 +129,24 @@ def _expand_local(path: str) -> list[str]:
         if not matches:
             raise InputError(f"no images: nothing matches {path!r}")
         pictures = [path] if any(is_picture(match) for match in matches) else []
-        others = [match for match in matches if is_archive(match) or os.path.isdir(match)]
-        found = pictures + [source for match in others for source in _expand_local(match)]
+        archives = [match for match in matches if is_archive(match) and os.path.isfile(match)]
+        folders = [source for match in matches if os.path.isdir(match) for source in _expand_folder(match)]
+        found = pictures + archives + folders
         if not found:
             raise InputError(f"no images: {path!r} matches neither picture, tar, zip nor folder, but {matches[0]}")
         return found
-    if os.path.isdir(path) and not any(is_picture(str(file)) for file in walk_files(path)):
-        archives = sorted(str(file) for file in Path(path).rglob("*") if is_archive(file.name))
-        if not archives:
+    if os.path.isdir(path):
+        if not (found := _expand_folder(path)):
             raise InputError(f"no images: neither an image nor a tar or zip below {path!r}")
-        return archives
+        return found
     return [path]
+
+
+def _expand_folder(path: str) -> list[str]:
+    """Itself where there are pictures in it, or the archives in it; nothing where there is neither."""
+    if any(is_picture(str(file)) for file in walk_files(path)):
+        return [path]
+    return sorted(str(file) for file in walk_files(path) if is_archive(file.name) and not is_hidden(file.name))
 
 
 def _tar_name(source: str) -> str:

@@ -9,7 +9,18 @@ from itertools import groupby
 from embeddings_cache.images.archives import first_names, is_stream
 from embeddings_cache.images.folders import files_of, is_folder_like
 from embeddings_cache.images.formats import WANTING
-from embeddings_cache.images.names import Group, LeftOut, Lost, group_by_stem, group_files, suffix_of, webdataset_key
+from embeddings_cache.images.names import (
+    ANNOTATION,
+    Group,
+    LeftOut,
+    Lost,
+    group_by_stem,
+    group_files,
+    is_hidden,
+    is_picture,
+    suffix_of,
+    webdataset_key,
+)
 from embeddings_cache.images.remote import is_remote
 
 LISTED_MEMBERS = 2000
@@ -122,9 +133,10 @@ def _add(
 
 
 def _lies_apart(names: list[str]) -> bool:
-    """Whether files of one key do not follow each other."""
-    runs = [key for key, _ in groupby(names, key=webdataset_key)]
-    return len(runs) > len(set(runs))
+    """Whether there are annotations, and files of one key do not follow each other."""
+    annotations = {name for name in names if suffix_of(name) == ANNOTATION and not is_hidden(name)}
+    runs = [key for key, _ in groupby((n for n in names if is_picture(n) or n in annotations), key=webdataset_key)]
+    return bool(annotations) and len(runs) > len(set(runs))
 
 
 def _remedy(kind: str) -> str:

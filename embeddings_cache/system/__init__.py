@@ -1,6 +1,15 @@
 """Machinery that knows nothing of pictures or caches: whole files, threads, signals, progress."""
 
-from embeddings_cache.system.files import TEMPORARY, publish, read_json, sha256, sole_user, whole_file, write_json
+from embeddings_cache.system.files import (
+    PASSING,
+    TEMPORARY,
+    publish,
+    read_json,
+    sha256,
+    sole_user,
+    whole_file,
+    write_json,
+)
 from embeddings_cache.system.hashing import stable_hash
 from embeddings_cache.system.overlap import available_cores, iterate_ahead, map_ahead, processes_here
 from embeddings_cache.system.progress import bar, progress_bar
@@ -8,6 +17,7 @@ from embeddings_cache.system.stopping import Stopped, StopRequest, stop_on_reque
 from embeddings_cache.system.versions import installed_versions
 
 __all__ = [
+    "PASSING",
     "TEMPORARY",
     "StopRequest",
     "Stopped",

@@ -13,10 +13,18 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from students import InputError
 
+PASSING = frozenset(
+    {errno.EAGAIN, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOLCK, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
+)
+"""What the system says that has nothing to do with the file that is read, and may be otherwise the next time."""
+
 UNSUPPORTED = frozenset(
     {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.ENOLCK, errno.ENOTTY}
 )
 """What file systems say (SMB, FUSE, some NFS) that cannot lock a file, or flush a directory."""
+
+REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR})
+"""What some say of directories alone."""
 
 TEMPORARY = ".tmp-"
 """Prefix of what is not finished yet; whatever a crash leaves behind carries it."""
@@ -45,7 +53,8 @@ def publish(temporary: Path, path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, whole or not at all."""
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files need not be UTF-8
 
 
 def read_json(path: Path) -> Any:
@@ -84,7 +93,7 @@ def sole_user(directory: Path, rank: int = 0) -> Iterator[None]:
         try:
             held.enter_context(_lock(path))
         except Timeout:
-            raise InputError(f"{directory} is in use by another run") from None
+            raise InputError(f"{directory} is in use by another run ({path.name} in it)") from None
         yield
 
 
@@ -118,7 +127,7 @@ def _fsync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in UNSUPPORTED:
+        if error.errno not in (UNSUPPORTED | REFUSED if path.is_dir() else UNSUPPORTED):
             raise
     finally:
         os.close(descriptor)

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ def photographs(tmp_path: Path) -> Path:
     (folder / "cut.jpg").write_bytes(encoded(size=(400, 300))[:2000])
     (folder / "thin.png").write_bytes(encoded("PNG", size=(1000, 1)))
     (folder / "clip.mp4").write_bytes(b"")
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jpg")).write_bytes(encoded())  # as Latin-1 has it
     return folder
 
 
@@ -39,6 +41,7 @@ def test_inspect_says_what_precompute_will_do(photographs: Path, tmp_path: Path,
     assert {entry["keys"][0]: entry["reason"].split(":")[0] for entry in content["skipped"]} == {
         "cut": "OSError",
         "thin": "1000×1 px is too elongated for a longest side of 128 px",
+        os.fsdecode(b"caf\xe9"): "its name is not printable text",
     }
     assert content["noted"] == [
         {"reason": "annotation not used: not JSON: Expecting value", "count": 1, "keys": ["01"]}
@@ -51,22 +54,22 @@ def test_inspect_says_what_precompute_will_do(photographs: Path, tmp_path: Path,
     assert sheet.shape[1] > sheet.shape[0] > 0
     assert (sheet.std(axis=(0, 1)) > 20).all()
     made = cli(
-        "recipe=quickstart", "stage=precompute", "image_size=128", *given, "data.max_skipped=0.1", "data.val_images=4"
+        "recipe=quickstart", "stage=precompute", "image_size=128", *given, "data.max_skipped=0.2", "data.val_images=4"
     )
     assert made.returncode == 0, made.stderr
     info = json.loads((tmp_path / "cache" / "cache.json").read_text())
-    assert (info["images"], info["skipped"], info["noted"]) == (30, 2, 1)
+    assert (info["images"], info["skipped"], info["noted"]) == (30, 3, 1)
     assert info["left_out"] == content["left_out"]
     taken = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.h5"))
     assert taken / 4 < content["precompute"]["bytes"] < 4 * taken
     lines = [line for line in made.stdout.splitlines() if line.startswith("precompute: ")]
     assert lines[0] == (
-        "precompute: 32 images (30 .jpg, 1 .png, 1 .tif) in 1 folder; 8 with annotations; left out: 1 .json, 1 .mp4"
+        "precompute: 33 images (31 .jpg, 1 .png, 1 .tif) in 1 folder; 8 with annotations; left out: 1 .json, 1 .mp4"
     )
-    assert "GiB needed for 32 images" in lines[1]
+    assert "GiB needed for 33 images" in lines[1]
     assert lines[-1].endswith(
         "30 images in " + str(tmp_path / "cache") + ", notes on 1 of them (notes.jsonl), "
-        "2 bad samples skipped (skipped.jsonl), 1 .json, 1 .mp4 left out"
+        "3 bad samples skipped (skipped.jsonl), 1 .json, 1 .mp4 left out"
     )
 
 

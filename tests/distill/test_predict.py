@@ -126,7 +126,7 @@ def test_everything_in_a_large_photograph_takes_little_memory(run: Path, tmp_pat
     """24 megapixels. All masks of 64 points at once would take 18 GB."""
     Image.fromarray(generate_scene(np.random.default_rng(5), 300)[0]).resize((6000, 4000)).save(tmp_path / "large.jpg")
     command = [sys.executable, "distill.py", "stage=predict", f"run_dir={run}", f"image={tmp_path / 'large.jpg'}"]
-    process = subprocess.Popen([*command, "predict.points_per_side=4", "predict.pred_iou_thresh=0.5"], cwd=ROOT)
+    process = subprocess.Popen([*command, "predict.points_per_side=3", "predict.pred_iou_thresh=0.5"], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     assert usage.ru_maxrss * 1024 < 1.6e9

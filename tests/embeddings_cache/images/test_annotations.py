@@ -38,7 +38,6 @@ def test_empty_masks_are_left_out() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        '{"caption": "a dog"}',
         "[1, 2]",
         "3",
         '{"annotations": []}',
@@ -54,6 +53,10 @@ def test_json_of_other_kinds_is_no_annotation(text: str) -> None:
     told: list[str] = []
     assert usable_annotation(text.encode(), (40, 60), told.append) is None
     assert told == ["annotation not used: it lists no masks as SA-1B does"]
+
+
+def test_captions_are_no_annotations_and_nothing_to_tell_of() -> None:
+    assert usable_annotation(b'{"caption": "a dog"}', (40, 60), pytest.fail) is None
 
 
 def test_masks_must_have_the_images_size() -> None:

@@ -1,6 +1,8 @@
+import errno
 import gzip
 import io
 import json
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embeddings_cache.images import archives
 from embeddings_cache.images.rle import encode_rle
 from embeddings_cache.images.sources import expand_sources
 from embeddings_cache.images.survey import look_through
@@ -133,6 +136,40 @@ def test_names_that_may_mean_two_things_are_counted_one_by_one(tmp_path: Path) -
 def test_an_only_picture_with_a_word_in_its_name_has_the_keys_annotation(tmp_path: Path) -> None:
     (sample,), skipped = read(write_tar(tmp_path / "x.tar", {"0001.img.png": encoded("PNG"), "0001.json": ANNOTATION}))
     assert (sample.key, sample.annotation, skipped) == ("0001.img", ANNOTATION.decode(), {})
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_what_macos_puts_between_changes_nothing(compressed: bool, tmp_path: Path) -> None:
+    names = [f"{hidden}{n}.{suffix}" for n in range(3) for suffix in ("jpg", "json") for hidden in ("._", "")]
+    path = Path(write_tar(tmp_path / "x.tar", {n: encoded() if n.endswith("jpg") else ANNOTATION for n in names}))
+    if compressed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    samples, skipped = read(str(path))
+    assert [(sample.key, sample.annotation is not None) for sample in samples] == [(str(n), True) for n in range(3)]
+    assert (skipped, left_out(str(path))) == ({}, {"hidden files": 6})
+    survey = look_through([str(path)], lambda key: True)
+    assert (survey.apart, survey.annotated) == ([], 3)
+
+
+def test_a_stream_of_pictures_alone_has_nothing_apart(tmp_path: Path) -> None:
+    files = {f"{n}.{suffix}": encoded() for suffix in ("jpg", "txt") for n in range(3)}
+    path = Path(write_tar(tmp_path / "x.tar", files))
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    assert look_through([str(path)], lambda key: True).apart == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_trouble_that_passes_does_not_cost_a_tars_rest(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = write_tar(tmp_path / "x.tar", {f"{n}.jpg": encoded() for n in range(3)})
+
+    def fail(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(archives, "_refuse_more", fail)
+    with pytest.raises(InputError, match=rf"cannot read .*x\.tar: {os.strerror(number)}; the same command goes on"):
+        read(tar)
 
 
 def test_a_tar_that_ends_with_a_zip_is_a_tar(tmp_path: Path) -> None:

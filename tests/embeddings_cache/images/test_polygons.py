@@ -111,6 +111,19 @@ def test_one_coco_file_beside_a_folder(below: str, tmp_path: Path) -> None:
     assert (first in listed, second in listed) == (True, False)
 
 
+def test_a_picture_that_is_listed_twice_has_all_its_masks(tmp_path: Path) -> None:
+    path = coco(tmp_path)
+    content = json.loads(path.read_text())
+    content["images"].append({"id": 10, "file_name": "a.b.jpg", "height": 60, "width": 80})
+    content["annotations"].append({"id": 4, "image_id": 10, "segmentation": encode_rle(drawn(STAR))})
+    path.write_text(json.dumps(content))
+    assert len(json.loads(CocoFile(path).annotation("a.b") or b"")["annotations"]) == 3
+    content["images"][-1]["height"] = 61
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"a\.b\.jpg is there in two sizes"):
+        CocoFile(path)
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "nothing", '{"images": [{"id": 1}], "annotations": []}'])
 def test_what_is_not_cocos_is_refused_in_a_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(content)

@@ -25,9 +25,23 @@ class Server(http.server.SimpleHTTPRequestHandler):
 
     breaks: list[int] = []  # noqa: RUF012 - set by each test
     ranges = True
+    refusals = 0
     asked: list[str] = []  # noqa: RUF012
 
+    def refuse(self) -> bool:
+        """Whether this is one of the requests that a server which restarts does not answer well."""
+        type(self).refusals -= 1
+        if refused := self.refusals >= 0:
+            self.send_error(503)
+        return refused
+
+    def do_HEAD(self) -> None:
+        if not self.refuse():
+            super().do_HEAD()
+
     def do_GET(self) -> None:
+        if self.refuse():
+            return
         content = Path(self.translate_path(self.path))
         if content.is_dir():
             super().do_GET()
@@ -58,8 +72,9 @@ class Server(http.server.SimpleHTTPRequestHandler):
 def serve(tmp_path: Path) -> Iterator[Serve]:
     running = []
 
-    def start(breaks: tuple[int, ...] = (), ranges: bool = True) -> str:
-        handler = type("Handler", (Server,), {"breaks": list(breaks), "ranges": ranges, "asked": []})
+    def start(breaks: tuple[int, ...] = (), ranges: bool = True, refusals: int = 0) -> str:
+        own = {"breaks": list(breaks), "ranges": ranges, "refusals": refusals, "asked": []}
+        handler = type("Handler", (Server,), own)
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(tmp_path)))
         server.asked = handler.asked  # type: ignore[attr-defined]
         running.append(server)
@@ -91,7 +106,7 @@ def test_http(tmp_path: Path, serve: Serve) -> None:
     write_tar(tmp_path / "sa_0.tar", {"sa_0.jpg": encoded(), "sa_0.json": ANNOTATION})
     (sample,), skipped = read(f"{url}/sa_0.tar")
     assert (sample.key, sample.annotation, skipped) == ("sa_0", ANNOTATION.decode(), {})
-    with pytest.raises(InputError, match=r"cannot read .*/missing\.tar: no such file"):
+    with pytest.raises(InputError, match=r"cannot read .*/missing\.tar: no such file, or none that one may read"):
         read(f"{url}/missing.tar")
 
 
@@ -101,6 +116,14 @@ def test_a_download_that_breaks_off_is_taken_up_again(ranges: bool, tmp_path: Pa
     url = serve(breaks=(1_000_000, 0, 1_500_000), ranges=ranges)
     with open_remote(f"{url}/sa_0.tar") as stream:
         assert stream.read() == content
+
+
+def test_a_server_that_is_busy_at_first_is_asked_again(tmp_path: Path, serve: Serve) -> None:
+    content = big_tar(tmp_path).read_bytes()
+    with open_remote(f"{serve(refusals=5)}/sa_0.tar") as stream:
+        assert stream.read() == content
+    with pytest.raises(InputError, match=r"cannot read .*/sa_0\.tar: .*503.*tried 6 times"):
+        read(f"{serve(refusals=99)}/sa_0.tar")
 
 
 def test_one_that_keeps_breaking_off_stops_the_run(tmp_path: Path, serve: Serve) -> None:

@@ -82,6 +82,24 @@ def test_everything_pillow_reads_is_read_and_the_rest_is_counted(tmp_path: Path)
     assert "2 .cr2" in str(look_through([str(folder)], lambda key: True))
 
 
+def test_of_pictures_of_one_name_the_common_kind_counts(tmp_path: Path) -> None:
+    files = {"a.gif": encoded("GIF"), "a.jpg": encoded(), "a.bmp": encoded("BMP"), "a.json": ANNOTATION}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    tar = write_tar(tmp_path.parent / "x.tar", files)
+    for source in (str(tmp_path), tar):
+        (sample,), skipped = read(source)
+        assert (sample.kind, sample.annotation, skipped) == ("jpg", ANNOTATION.decode(), {})
+        assert left_out(source) == {"pictures beside another of the same name": 2}
+
+
+def test_odd_names_are_of_no_kind_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded())
+    for name in (b"Fotos vom 3. M\xe4rz", b"frame.000001", b"frame.000002", b"x.with a long end"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).write_bytes(b"")
+    assert left_out(str(tmp_path)) == {"other files": 4}
+
+
 def test_what_is_not_readable_here_says_what_would_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.jpg").write_bytes(encoded())
     (tmp_path / "b.heic").write_bytes(b"")

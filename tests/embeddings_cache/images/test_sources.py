@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from embeddings_cache.images.samples import read_images
-from embeddings_cache.images.sources import assign_sources, expand_sources, keep_key, pick_sources
+from embeddings_cache.images.samples import Account, read_images
+from embeddings_cache.images.sources import Share, assign_sources, expand_sources, keep_key, pick_sources
 from pictures import ANNOTATION, encoded, left_out, read, write_tar, write_zip
 from students import InputError
 
@@ -52,6 +52,30 @@ def test_a_glob_of_pictures_is_one_place(tmp_path: Path) -> None:
     assert [share.parts for share in assign_sources([pattern], 0, 2)] == [2]
     with pytest.raises(InputError, match=r"matches neither picture, tar, zip nor folder, but .*notes\.txt"):
         expand_sources(f"{tmp_path}/a/*.txt")
+
+
+def test_a_glob_passes_over_folders_with_nothing_in_them(tmp_path: Path) -> None:
+    """As COCO's own: pictures in two folders, and beside them one of annotations."""
+    for folder in ("train2017", "val2017", "annotations"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "train2017" / "a.jpg").write_bytes(encoded())
+    write_tar(tmp_path / "val2017" / "._b.tar", {})
+    write_tar(tmp_path / "val2017" / "b.tar", {"b.jpg": encoded()})
+    (tmp_path / "annotations" / "instances.json").write_text("{}")
+    assert expand_sources(f"{tmp_path}/*") == [f"{tmp_path}/train2017", f"{tmp_path}/val2017/b.tar"]
+    with pytest.raises(InputError, match="matches neither picture"):
+        expand_sources(f"{tmp_path}/anno*")
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_is_lost_is_told_by_one_process(ranks: int, tmp_path: Path) -> None:
+    names = [f"{n}.{suffix}" for n in range(12) for suffix in (("jpg",) if n % 3 else ("json",))]
+    tar = write_tar(tmp_path / "x.tar", {name: encoded() if "jpg" in name else ANNOTATION for name in names})
+    told: list[str] = []
+    for rank in range(ranks):
+        account = Account(lambda key, why: told.append(key))
+        list(read_images([Share(tar, rank, ranks)], account=account))
+    assert sorted(told) == sorted(str(n) for n in range(0, 12, 3))
 
 
 def test_a_glob_takes_what_is_nested_once(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_an_error_of_the_work_within_is_not_the_locks(tmp_path: Path) -> None:
         raise OSError(errno.ENOLCK, "of the work")
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES])
 def test_a_directory_that_cannot_be_flushed(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flush = os.fsync
 
