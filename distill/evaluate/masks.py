@@ -126,7 +126,7 @@ def evaluation_inputs(recipe: Recipe) -> dict[str, Any]:
     inputs: dict[str, Any] = {"student_sha256": sha256(chosen_student(recipe)), "evaluate": vars(recipe.evaluate)}
     if recipe.evaluate.data is None:
         info = read_info(Path(recipe.cache.dir))
-        return {**inputs, "val_images": recipe.data.val_images, "cache": info and asdict(info.identity)}
+        return {**inputs, "val_images": recipe.data.val_images, "cache": info and info.identity.as_json()}
     checkpoint = recipe.teacher.checkpoint
     digests = [sha256(file) for file in weight_files(checkpoint)] if checkpoint else [None]
     digest = digests[0] if len(digests) == 1 else digests

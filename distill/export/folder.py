@@ -3,7 +3,6 @@
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,7 @@ def export_inputs(recipe: Recipe) -> dict[str, Any]:
         "student_sha256": sha256(chosen_student(recipe)),
         "export": {**vars(recipe.export), "formats": wanted_formats(recipe)},
         "teacher": [recipe.teacher.name, found if len(found) > 1 else next(iter(found), None)],
-        "cache": info and asdict(info.identity),
+        "cache": info and info.identity.as_json(),
     }
 
 

@@ -10,7 +10,15 @@ from accelerate import Accelerator
 from distill.needs import need_images, need_own_cache, need_teacher
 from distill.reading import annotations_of, reading_of
 from distill.recipe import Recipe
-from embeddings_cache.images import expand_sources, listed, read_images, scene_count, write_scene_tars
+from embeddings_cache.images import (
+    commonest,
+    expand_sources,
+    listed,
+    read_images,
+    read_notes,
+    scene_count,
+    write_scene_tars,
+)
 from embeddings_cache.precompute import cache_identity, precompute
 from embeddings_cache.shards import is_complete, read_info
 from embeddings_cache.system import progress_bar
@@ -67,6 +75,9 @@ def run(recipe: Recipe, accelerator: Accelerator) -> bool:
         annotated=annotations or (),
     )
     skipped = f", {info.skipped} bad samples skipped (skipped.jsonl)" if info.skipped else ""
+    if info.noted and (notes := directory / "notes.jsonl").exists():
+        why = commonest(list(read_notes(notes)))
+        accelerator.print(f"precompute: of some images there is something to know, most often {why}")
     noted = f", notes on {info.noted} of them (notes.jsonl)" if info.noted else ""
     apart = f", {listed(Counter(info.left_out))} left out" if info.left_out else ""
     accelerator.print(f"precompute: {info.images} images in {directory}{noted}{skipped}{apart}")

@@ -16,7 +16,7 @@ from embeddings_cache.images.preprocessing import (
 from embeddings_cache.images.rle import decode_rle, encode_rle
 from embeddings_cache.images.samples import Account, Sample, read_images
 from embeddings_cache.images.scenes import generate_scene, sa1b_annotation, scene_count, write_scene_tars
-from embeddings_cache.images.skipped import Skipped, SkippedSamples, commonest, gather_notes
+from embeddings_cache.images.skipped import Skipped, SkippedSamples, commonest, gather_notes, read_notes
 from embeddings_cache.images.sources import Share, assign_sources, expand_sources, keep_key, pick_sources
 from embeddings_cache.images.survey import Survey, listed, look_through
 
@@ -52,6 +52,7 @@ __all__ = [
     "pad_pixels",
     "pick_sources",
     "read_images",
+    "read_notes",
     "reason_of",
     "resize_longest_side",
     "resized_shape",

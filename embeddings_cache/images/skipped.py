@@ -78,7 +78,7 @@ def gather_notes(directory: Path) -> list[tuple[str, str]]:
     """Put what all processes have noted, in this run and in those before it, into `notes.jsonl`; by key."""
     parts, path = sorted(directory.glob("notes-*.jsonl")), directory / "notes.jsonl"
     files = [*parts, path] if path.exists() else parts
-    notes = sorted({note for file in files for note in _notes_in(file)})
+    notes = sorted({note for file in files for note in read_notes(file)})
     if notes:
         with whole_file(path) as temporary:
             temporary.write_text("".join(f"{_line(*note)}\n" for note in notes), encoding="utf-8")
@@ -87,7 +87,7 @@ def gather_notes(directory: Path) -> list[tuple[str, str]]:
     return notes
 
 
-def _notes_in(path: Path) -> Iterator[tuple[str, str]]:
+def read_notes(path: Path) -> Iterator[tuple[str, str]]:
     """Keys and notes; a line that a crash cut off, and what was appended to it, is passed over."""
     for line in path.read_text(encoding="utf-8").splitlines():
         with suppress(ValueError, KeyError, TypeError):

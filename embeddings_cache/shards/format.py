@@ -55,6 +55,11 @@ class CacheIdentity:
     data_fraction: float
     data_annotations: str = ""
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain data; a setting that came later is left out where it is what there was before, so that results which
+        note what they were made from stay current."""
+        return {name: value for name, value in asdict(self).items() if name != "data_annotations" or value}
+
     def differences(self, other: "CacheIdentity") -> list[str]:
         """`key: mine, not theirs` for all that differs, in the recipe's words."""
         mine, theirs = vars(self), vars(other)

@@ -67,6 +67,7 @@ def test_inspect_says_what_precompute_will_do(photographs: Path, tmp_path: Path,
         "precompute: 33 images (31 .jpg, 1 .png, 1 .tif) in 1 folder; 8 with annotations; left out: 1 .json, 1 .mp4"
     )
     assert "GiB needed for 33 images" in lines[1]
+    assert lines[-2].endswith("most often (1×, as in 01): annotation not used: not JSON: Expecting value")
     assert lines[-1].endswith(
         "30 images in " + str(tmp_path / "cache") + ", notes on 1 of them (notes.jsonl), "
         "3 bad samples skipped (skipped.jsonl), 1 .json, 1 .mp4 left out"

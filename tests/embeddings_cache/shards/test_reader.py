@@ -10,7 +10,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from caches import Make, flip_a_bit
-from embeddings_cache.shards.format import CacheIdentity
+from embeddings_cache.shards.format import CacheIdentity, identity_of
 from embeddings_cache.shards.reader import EmbeddingsCache, shard_paths
 from students import InputError
 
@@ -116,3 +116,13 @@ def test_foreign_directories_are_refused(foreign: Path, tmp_path_factory: pytest
         EmbeddingsCache(foreign)
     with pytest.raises(InputError, match="does not exist: run stage=precompute"):
         EmbeddingsCache(tmp_path_factory.mktemp("empty"))
+
+
+def test_results_of_earlier_versions_stay_current(identity: CacheIdentity) -> None:
+    """They note the cache that they were made from as it was described then, and are compared with what is said now."""
+    assert set(identity.as_json()) == {
+        "teacher_name", "teacher_sha256", "teacher_dtype", "image_size", "embedding_shape", "dtype", "jpeg_quality",
+        "preprocess", "data_images", "data_fraction",
+    }  # fmt: skip
+    assert replace(identity, data_annotations="instances.json").as_json()["data_annotations"] == "instances.json"
+    assert identity_of(identity.as_json()) == identity
