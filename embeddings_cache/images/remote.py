@@ -103,7 +103,7 @@ class _Download(io.RawIOBase):
                 raise
             except Exception as error:  # each store has errors of its own
                 self._let_go()
-                cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+                cause: Any = error.__cause__ if isinstance(error, FileNotFoundError) else error
                 if cause is None or getattr(cause, "status", None) in FINAL:
                     raise FileNotFoundError("no such file, or none that one may read") from error
                 if tried == TRIES:
