@@ -54,6 +54,7 @@ def test_outputs_are_the_publishers_own(peer: str, decoder: dict[str, torch.Tens
         assert found.std().item() == pytest.approx(expected["output_std"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_segment_anythings_own_classes_take_it(decoder: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """EdgeSAM's layout in the predictor, with every kind of prompt, and in the mask generator with crops."""
     peer = read_peer("edge_sam")

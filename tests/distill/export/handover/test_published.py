@@ -30,6 +30,7 @@ def mobile_sam(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_mobile_sam_teaches(mobile_sam: Path, tmp_path: Path) -> None:
     """A recipe for ViT-H, with nothing but another checkpoint."""
     tar = tmp_path / "scenes.tar"
