@@ -83,7 +83,7 @@ def test_a_stage_is_added_by_a_file_and_a_line(tmp_path: Path) -> None:
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
 
-    assert "on request: toy, verify" in cli("--help").stdout
+    assert "on request: toy, inspect, verify" in cli("--help").stdout
     played = cli("stage=toy", "run_dir=run")
     assert played.returncode == 0, played.stderr
     assert (tmp_path / "run" / "toy.txt").read_text() == "played"
