@@ -93,7 +93,7 @@ def sole_user(directory: Path, rank: int = 0) -> Iterator[None]:
         try:
             held.enter_context(_lock(path))
         except Timeout:
-            raise InputError(f"{directory} is in use by another run ({path.name} in it)") from None
+            raise InputError(f"{directory} is in use by another run") from None
         yield
 
 
