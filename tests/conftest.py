@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from embeddings_cache.images.scenes import write_scene_tar
+from forking import FORKS, run_forked
 from heartbeat import heartbeat
 from support import IMAGES, ROOT, TINY, Cli, places
 
@@ -59,6 +60,8 @@ def cli() -> Cli:
     """Run `distill.py` as a user does, in a process of its own; `launcher` goes before it."""
 
     def run(*arguments: str, launcher: tuple[str, ...] = (), cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        if FORKS and not launcher:
+            return run_forked(ROOT / "distill.py", arguments, cwd, timeout=900)
         command = [sys.executable, *launcher, str(ROOT / "distill.py"), *arguments]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
 

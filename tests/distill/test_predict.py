@@ -125,22 +125,29 @@ import sys
 from distill.benchmark.machine import peak_bytes
 from distill.main import main
 
-code = main(sys.argv[1:])
-print(peak_bytes())
-sys.exit(code)
+small, large, *settings = sys.argv[1:]
+assert main(["stage=predict", f"image={small}", *settings]) == 0
+before = peak_bytes()
+assert main(["stage=predict", f"image={large}", *settings]) == 0
+print(peak_bytes() - before)
 """
 
 
 @pytest.mark.slow
 def test_everything_in_a_large_photograph_takes_little_memory(run: Path, tmp_path: Path) -> None:
-    """24 megapixels, and every mask is kept. All masks of nine points at once would take 2.6 GB, and as much again."""
-    Image.fromarray(generate_scene(np.random.default_rng(5), 300)[0]).resize((6000, 4000)).save(tmp_path / "large.jpg")
+    """24 megapixels, and every mask is kept. All masks of nine points at once would take 2.6 GB, and as much again.
+
+    Beyond what the same command takes for a small photograph: what libraries take differs from machine to machine."""
+    scene = Image.fromarray(generate_scene(np.random.default_rng(5), 300)[0])
+    images = [tmp_path / "small.jpg", tmp_path / "large.jpg"]
+    for image, size in zip(images, ((300, 200), (6000, 4000)), strict=True):
+        scene.resize(size).save(image)
     settings = ("points_per_side=3", "pred_iou_thresh=0", "stability_score_thresh=0")
-    command = [sys.executable, "-c", MEASURED, "stage=predict", f"run_dir={run}", f"image={tmp_path / 'large.jpg'}"]
+    command = [sys.executable, "-c", MEASURED, *map(str, images), f"run_dir={run}"]
     command += [f"predict.{setting}" for setting in settings]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout.split()[-1]) < 1.6e9
+    assert int(result.stdout.split()[-1]) < 7e8
     assert len(json.loads((run / "predict" / "large.json").read_text())["masks"]) > 1
 
 
