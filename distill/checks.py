@@ -38,9 +38,9 @@ AT_LEAST_ONE = (
     "predict.points_per_side",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "seed", "train.epochs", "data.max_skipped", "train.weight_decay", "train.warmup_steps", "train.workers",
-    "train.mask_rounds", "train.ema", "train.checkpoint_minutes", "train.stop_above", "train.watch_images",
-    "verify.recompute",
+    "seed", "data.workers", "data.max_skipped", "train.epochs", "train.weight_decay", "train.warmup_steps",
+    "train.workers", "train.mask_rounds", "train.ema", "train.checkpoint_minutes", "train.stop_above",
+    "train.watch_images", "verify.recompute",
 )  # fmt: skip
 POSITIVE = ("data.fraction", "train.lr", "train.clip_norm")
 
@@ -79,6 +79,8 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
     pretrained = recipe.student.pretrained
     if not isinstance(pretrained, bool | str):
         refuse("student.pretrained", pretrained, " is neither true, false, nor the path of a file")
+    if recipe.teacher.compile not in (True, False, "auto"):
+        refuse("teacher.compile", recipe.teacher.compile, " is neither true, false, nor auto")
     quality = recipe.cache.jpeg_quality
     if quality != "png" and (type(quality) is not int or not 1 <= quality <= 100):
         refuse("cache.jpeg_quality", quality, " is neither 1-100 nor png")

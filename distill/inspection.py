@@ -19,6 +19,7 @@ from distill.reading import annotations_of, reading_of
 from distill.recipe import Recipe
 from embeddings_cache.images import (
     Account,
+    Decoder,
     Sample,
     assign_sources,
     decode_masks,
@@ -29,12 +30,12 @@ from embeddings_cache.images import (
     read_images,
     resized_shape,
 )
-from embeddings_cache.precompute import MOST_THREADS
 from embeddings_cache.shards import CacheIdentity, row_bytes
 from embeddings_cache.system import available_cores, progress_bar, stable_hash, whole_file, write_json
 from embeddings_cache.teacher import TOY_CHANNELS
 from students import InputError, StudentConfig
 
+MOST_THREADS = 8
 SHOWN = 24
 COLUMNS = 6
 SHOWN_SIDE = 240
@@ -126,8 +127,9 @@ def samples_of(recipe: Recipe, account: Account, accelerator: Accelerator) -> It
     survey = look_through(sources, wanted, annotations or ())
     accelerator.print(f"inspect: {survey}")
     shares, threads = assign_sources(sources, 0, 1), min(MOST_THREADS, available_cores())
+    decoder = Decoder(reading_of(recipe), annotations)
     with progress_bar(accelerator, "inspect", "images", total=survey.total) as progress:
-        for sample in read_images(shares, wanted, account, threads, reading_of(recipe), annotations):
+        for sample in read_images(shares, wanted, account, decoder, threads):
             progress.update()
             yield sample
 
@@ -221,7 +223,7 @@ def table(content: dict[str, Any]) -> list[str]:
 
 def thumbnail(sample: Sample) -> Image.Image:
     """A picture with its masks laid over it, small."""
-    picture = Image.fromarray(sample.image)
+    picture = sample.picture.copy()
     picture.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     masks = decode_masks(sample.annotation) if sample.annotation else ()
     small = [np.asarray(Image.fromarray(mask).resize(picture.size, Image.Resampling.NEAREST)) for mask in masks]

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from typing import Protocol
 
+import numpy as np
 import torch
 
-from embeddings_cache.images import Sample, Skipped, pad_pixels, resize_longest_side
+from embeddings_cache.images import Bad, Decoder, Encoded, Sample, pad_pixels, resize_picture
 from embeddings_cache.shards import CacheRow, decode_pixels, encode_pixels
 from embeddings_cache.system import iterate_ahead, map_ahead
 from embeddings_cache.teacher import TeacherEncoder
@@ -15,33 +16,81 @@ from embeddings_cache.teacher import TeacherEncoder
 BATCHES_AHEAD = 2
 
 
+class Encoder(Protocol):
+    """What `TeacherEncoder` is to the rest."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def begin(self, pixels: torch.Tensor, input_size: torch.Tensor) -> Callable[[], torch.Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """An image as the cache keeps it: `encoded`; and as the teacher sees it: `padded`, uint8 (3, S, S)."""
+    """An image as the cache keeps it: `encoded`; and as the teacher sees it: `pixels`, RGB uint8 (3, h, w)."""
 
     key: str
     encoded: bytes
-    padded: torch.Tensor
+    pixels: np.ndarray
     original_size: tuple[int, int]
-    input_size: tuple[int, int]
     annotation: str | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """Height and width after resizing."""
+        return self.pixels.shape[1], self.pixels.shape[2]
 
 
-def embedded_rows(
-    encoder: TeacherEncoder, samples: Iterable[Sample], jpeg_quality: int | str, skipped: Skipped, threads: int = 1
-) -> Generator[CacheRow, None, None]:
-    """Rows in the order of their samples; what cannot be resized is reported through `skipped`.
+@dataclass(frozen=True)
+class Preparation:
+    """Files → an image that the teacher can take: what workers do.
+
+    Args:
+        decoder: makes a sample of the files.
+        size: longest side in pixels.
+        jpeg_quality: of the picture that the cache keeps, which is the one that the teacher sees.
+    """
+
+    decoder: Decoder
+    size: int
+    jpeg_quality: int | str
+
+    def __call__(self, encoded: Encoded) -> Prepared | Bad:
+        """The prepared image, or its key and why it cannot be had."""
+        sample = self.decoder(encoded)
+        return prepare(sample, self.size, self.jpeg_quality) if isinstance(sample, Sample) else sample
+
+
+def prepare(sample: Sample, size: int, jpeg_quality: int | str) -> Prepared | Bad:
+    """Resize, encode as the cache keeps it, and decode again: so the teacher sees the very pixels that students will.
+
+    Returns:
+        The prepared image, or its key and why it cannot be had.
+    """
+    try:
+        resized = resize_picture(sample.picture, size)
+    except ValueError as error:
+        return sample.key, str(error)
+    encoded = encode_pixels(resized, jpeg_quality)
+    pixels = np.ascontiguousarray(decode_pixels(encoded).transpose(2, 0, 1))
+    return Prepared(sample.key, encoded, pixels, sample.original_size, sample.annotation, sample.notes)
+
+
+def embedded_rows(encoder: Encoder, prepared: Iterable[Prepared]) -> Generator[CacheRow, None, None]:
+    """Rows in the order of their images.
 
     Args:
         encoder: makes the embeddings, in this thread.
-        samples: are read in another thread.
-        jpeg_quality: of the picture that the cache keeps, which is the one that the teacher sees.
-        skipped: called in that thread.
-        threads: that prepare pictures.
+        prepared: are taken in another thread.
     """
-    prepare_one = partial(prepare, size=encoder.image_size, jpeg_quality=jpeg_quality)
-    prepared = map_ahead(prepare_one, samples, threads, ahead=2 * threads)
-    with closing(iterate_ahead(_batches(prepared, encoder, skipped), BATCHES_AHEAD)) as batches:
+    with closing(iterate_ahead(_batches(prepared, encoder), BATCHES_AHEAD)) as batches:
         begun = ((batch, encoder.begin(pixels, sizes)) for batch, pixels, sizes in batches)
         # A GPU has its next batch before the one before is fetched.
         with closing(map_ahead(_rows, begun, threads=1, ahead=2 if encoder.device.type == "cuda" else 1)) as fetched:
@@ -63,39 +112,24 @@ def _rows(begun: tuple[list[Prepared], Callable[[], torch.Tensor]]) -> list[Cach
     ]
 
 
-def prepare(sample: Sample, size: int, jpeg_quality: int | str) -> Prepared | tuple[str, str]:
-    """Resize, encode as the cache keeps it, and decode again: so the teacher sees the very pixels that students will.
-
-    Returns:
-        The prepared image, or its key and why it cannot be had.
-    """
-    try:
-        resized = resize_longest_side(sample.image, size)
-    except ValueError as error:
-        return sample.key, str(error)
-    encoded = encode_pixels(resized, jpeg_quality)
-    input_size = (resized.shape[0], resized.shape[1])
-    padded = pad_pixels(decode_pixels(encoded), size)
-    return Prepared(sample.key, encoded, padded, sample.original_size, input_size, sample.annotation)
-
-
 def _batches(
-    prepared: Iterable[Prepared | tuple[str, str]], encoder: TeacherEncoder, skipped: Skipped
+    prepared: Iterable[Prepared], encoder: Encoder
 ) -> Iterator[tuple[list[Prepared], torch.Tensor, torch.Tensor]]:
     batch: list[Prepared] = []
     for image in prepared:
-        if isinstance(image, Prepared):
-            batch.append(image)
-        else:
-            skipped(*image)
+        batch.append(image)
         if len(batch) >= encoder.batch_size:
-            yield _stack(batch, encoder.device)
+            yield stack(batch, encoder)
             batch = []
     if batch:
-        yield _stack(batch, encoder.device)
+        yield stack(batch, encoder)
 
 
-def _stack(batch: list[Prepared], device: torch.device) -> tuple[list[Prepared], torch.Tensor, torch.Tensor]:
-    pixels = torch.stack([image.padded for image in batch])
-    sizes = torch.tensor([image.input_size for image in batch])
-    return batch, pixels.pin_memory() if device.type == "cuda" else pixels, sizes
+def stack(batch: list[Prepared], encoder: Encoder) -> tuple[list[Prepared], torch.Tensor, torch.Tensor]:
+    """A batch with its pixels, uint8 (B, 3, S, S) and padded, and its input sizes."""
+    side, on_gpu = encoder.image_size, encoder.device.type == "cuda"
+    pixels = torch.zeros(len(batch), 3, side, side, dtype=torch.uint8, pin_memory=on_gpu)
+    for padded, image in zip(pixels, batch, strict=True):
+        height, width = image.input_size
+        padded[:, :height, :width] = torch.from_numpy(image.pixels)
+    return batch, pixels, torch.tensor([image.input_size for image in batch])

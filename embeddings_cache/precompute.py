@@ -1,19 +1,19 @@
 """Precompute: the teacher sees every chosen image once; its embeddings go to shards."""
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from segment_anything.modeling import Sam
 
-from embeddings_cache.embed import embedded_rows
+from embeddings_cache.embed import Encoder, Preparation, embedded_rows
 from embeddings_cache.images import (
     Account,
-    Sample,
+    Decoder,
     Share,
     SkippedSamples,
     assign_sources,
@@ -22,7 +22,7 @@ from embeddings_cache.images import (
     keep_key,
     look_through,
     pick_sources,
-    read_images,
+    read_with,
 )
 from embeddings_cache.shards import (
     CacheIdentity,
@@ -38,6 +38,7 @@ from embeddings_cache.shards import (
 )
 from embeddings_cache.system import (
     TEMPORARY,
+    Workers,
     available_cores,
     map_ahead,
     processes_here,
@@ -46,10 +47,12 @@ from embeddings_cache.system import (
     stop_on_request,
     write_json,
 )
-from embeddings_cache.teacher import TeacherEncoder, weights_sha256
+from embeddings_cache.teacher import TeacherEncoder, resolve_compile, weights_sha256
 from students import InputError
 
-MOST_THREADS = 8
+MOST_WORKERS = 16
+THREADS = 2
+"""That read pictures where no processes do."""
 
 
 def cache_identity(
@@ -91,11 +94,11 @@ def precompute(
     accelerator: Accelerator,
     *,
     batch_size: int | None = None,
-    compiled: bool = False,
+    compiled: bool | str = False,
     images_per_shard: int = 256,
     max_skipped: float = 0.01,
-    read: Callable[..., Iterator[Sample]] = read_images,
-    annotated: Container[str] = (),
+    decoder: Decoder | None = None,
+    workers: int | None = None,
 ) -> CacheInfo:
     """Make a cache, or what is missing of it; every process of the launch calls this.
 
@@ -106,11 +109,11 @@ def precompute(
         find_sources: gives the tars and folders, of which `identity.data_fraction` is used; called only if something
             is missing, so that a finished cache needs no tar any more.
         batch_size: images a teacher pass; None: as many as fit.
-        compiled: whether the teacher goes through `torch.compile`.
+        compiled: whether the teacher goes through `torch.compile`; "auto": see `resolve_compile`.
         images_per_shard: rows a shard, and so what a crash costs at most.
         max_skipped: share of bad samples above which the run stops.
-        read: `read_images`, with how pictures are read.
-        annotated: keys that `read` has an annotation for, besides those that lie beside the images.
+        decoder: how pictures are read.
+        workers: processes that read them, 0: none; None: `worker_count`.
 
     Returns:
         What `cache.json` says at the end.
@@ -126,6 +129,7 @@ def precompute(
         if is_complete(directory, info):
             return info
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    decoder = decoder or Decoder()
 
     with ExitStack() as held:
         held.enter_context(sole_user(directory, rank))
@@ -141,13 +145,23 @@ def precompute(
         done = {key for shard in shard_paths(directory) for key in keys_in(shard, identity)}
         total: int | None = None
         if accelerator.is_main_process:
-            found = look_through(picked, lambda key: keep_key(key, key_fraction), annotated)
+            found = look_through(picked, lambda key: keep_key(key, key_fraction), decoder.annotations or ())
             total = found.total
             print(f"precompute: {found}")
             print(f"precompute: {check_space(directory, total and max(0, total - len(done)), identity)}")
+        (total,) = broadcast_object_list([total])
         accelerator.wait_for_everyone()  # nobody adds a shard before all have listed them, and it will fit
+        mine = None if total is None else max(0, total - len(done)) // ranks
 
-        encoder = TeacherEncoder(sam, accelerator.device, identity.teacher_dtype, compiled, batch_size)
+        compiles = resolve_compile(compiled, accelerator.device, mine)
+        encoder = TeacherEncoder(sam, accelerator.device, identity.teacher_dtype, compiles, batch_size)
+        if compiles and compiled == "auto":
+            accelerator.print("precompute: compiling the encoder ...")
+            with stop_on_request() as request:
+                line = encoder.compile_or_not()
+                request.raise_if_made()
+            if accelerator.is_main_process or not encoder.compiled:
+                print(f"precompute: {line}")
         shares = assign_sources(picked, rank, ranks, resumed=bool(done))
         skipped = SkippedSamples(directory / "skipped.jsonl", max_skipped, good=len(done) // ranks, rank=rank)
         with progress_bar(
@@ -159,9 +173,9 @@ def precompute(
                 encoder,
                 ShardWriter(directory, identity, rank, images_per_shard),
                 skipped,
-                preparing_threads(accelerator.device),
                 progress.update,
-                read,
+                decoder,
+                worker_count(accelerator.device) if workers is None else workers,
             )
             progress.total = progress.n
         accelerator.wait_for_everyone()
@@ -179,21 +193,21 @@ def precompute(
 def embed_shares(
     shares: list[Share],
     wanted: Callable[[str], bool],
-    encoder: TeacherEncoder,
+    encoder: Encoder,
     writer: ShardWriter,
     skipped: SkippedSamples,
-    threads: int,
     progress: Callable[[], object],
-    read: Callable[..., Iterator[Sample]] = read_images,
+    decoder: Decoder,
+    workers: int = 0,
 ) -> Account:
     """One process's share of the images → shards, reading, decoding, encoder and writing all at the same time.
 
     Args:
         wanted: whether the image with a key is to be embedded.
         skipped: is told of bad samples, and of the number of others.
-        threads: that decode, and as many that resize.
         progress: called after each image.
-        read: `read_images`, with how pictures are read.
+        decoder: how pictures are read.
+        workers: processes that decode and resize them; 0: threads of this one.
 
     Returns:
         What became of all that is no image.
@@ -202,15 +216,15 @@ def embed_shares(
         Stopped: a signal came.
     """
     account = Account(skipped, skipped.note)
-    with stop_on_request() as request:
+    preparation = Preparation(decoder, encoder.image_size, writer.identity.jpeg_quality)
+    with stop_on_request() as request, Workers(preparation, workers, THREADS) as hands:
 
         def still_wanted(key: str) -> bool:
             request.raise_if_made()  # also while what is there already is only passed over
             return wanted(key)
 
-        samples = read(shares, still_wanted, account, threads)
         with (
-            closing(embedded_rows(encoder, samples, writer.identity.jpeg_quality, skipped, threads)) as rows,
+            closing(embedded_rows(encoder, read_with(hands, shares, still_wanted, account))) as rows,
             writer,  # ends its shard before the readers end, one of which may be waiting for a download
             closing(map_ahead(writer.write, rows, threads=1, ahead=4 * encoder.batch_size)) as written,
         ):
@@ -231,11 +245,11 @@ def refuse_differing(counts: list[dict[str, int]]) -> None:
             )
 
 
-def preparing_threads(device: torch.device) -> int:
-    """Threads that decode and that resize pictures: a share of the cores for a GPU, one beside a teacher on the CPU."""
+def worker_count(device: torch.device) -> int:
+    """Processes that read pictures: for a GPU its share of the cores but one; none beside a teacher on the CPU."""
     if device.type == "cpu":
-        return 1
-    return max(1, min(MOST_THREADS, available_cores() // processes_here()))
+        return 0
+    return max(1, min(MOST_WORKERS, available_cores() // processes_here() - 1))
 
 
 def _finish(directory: Path, identity: CacheIdentity, skipped: SkippedSamples, left_out: Counter[str]) -> None:

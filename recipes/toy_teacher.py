@@ -35,7 +35,7 @@ from torch import nn
 from distill.evaluate.masks import make_prompts, score_image
 from distill.schema import EvaluateRecipe
 from distill.train import parameter_groups
-from embeddings_cache.embed import embedded_rows
+from embeddings_cache.embed import Prepared, embedded_rows, prepare
 from embeddings_cache.images import Sample, generate_scene, normalize, resize_longest_side, sa1b_annotation
 from embeddings_cache.system import progress_bar, whole_file
 from embeddings_cache.teacher import TOY_IMAGE_SIZE, WEIGHTS, TeacherEncoder, build_toy_sam, load_toy_state
@@ -264,10 +264,14 @@ def measure(sam: Sam, numbers: range) -> dict[str, float]:
     """mIoU with the ground truth by prompt, on scenes of seed 0, measured as stage evaluate does."""
     size = sam.eval().image_encoder.img_size
     scenes = ((n, *generate_scene(np.random.default_rng([0, n]), size * 5 // 4)) for n in numbers)
-    samples = (Sample(f"sa_{n}", image, json.dumps(sa1b_annotation(n, image, masks))) for n, image, masks in scenes)
+    samples = (
+        Sample(f"sa_{n}", Image.fromarray(image), json.dumps(sa1b_annotation(n, image, masks)))
+        for n, image, masks in scenes
+    )
+    prepared = (image for sample in samples if isinstance(image := prepare(sample, size, 95), Prepared))
     ious: dict[str, list[float]] = {}
     encoder = TeacherEncoder(sam, sam.device, batch_size=8)
-    for row in embedded_rows(encoder, samples, 95, lambda key, reason: None):
+    for row in embedded_rows(encoder, prepared):
         embedding = torch.from_numpy(row.embedding)[None].float()
         for score in score_image(row, sam, embedding, embedding, make_prompts(row, EvaluateRecipe())):
             assert score.teacher_truth is not None

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.benchmark.cache import CacheBenchmark, benchmark_cache
 from distill.benchmark.compare import compare, machines_differ
 from distill.benchmark.contenders import SUFFIXES
+from distill.benchmark.pipeline import PipelineBenchmark, benchmark_pipeline
 from distill.benchmark.plot import draw_students
 from distill.benchmark.students import QUICK, StudentsBenchmark, benchmark_students
 from distill.benchmark.tables import (
@@ -46,6 +47,7 @@ KINDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]], str]] = {
     "students": (StudentsBenchmark, benchmark_students, "encoders on backends: latency, memory, size, fidelity"),
     "teacher": (TeacherBenchmark, benchmark_teacher, "the teacher's encoder against segment-anything's own"),
     "train": (TrainBenchmark, benchmark_train, "a training step: precisions, memory formats, reading the cache"),
+    "pipeline": (PipelineBenchmark, benchmark_pipeline, "photographs from JPEG to shard, by number of workers"),
     "cache": (CacheBenchmark, benchmark_cache, "reading embeddings against np.memmap, and opening a large cache"),
 }
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Collection
-from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -11,10 +10,10 @@ from distill.needs import need_images, need_own_cache, need_teacher
 from distill.reading import annotations_of, reading_of
 from distill.recipe import Recipe
 from embeddings_cache.images import (
+    Decoder,
     commonest,
     expand_sources,
     listed,
-    read_images,
     read_notes,
     scene_count,
     write_scene_tars,
@@ -71,8 +70,8 @@ def run(recipe: Recipe, accelerator: Accelerator) -> bool:
         compiled=recipe.teacher.compile,
         images_per_shard=recipe.cache.images_per_shard,
         max_skipped=recipe.data.max_skipped,
-        read=partial(read_images, reading=reading_of(recipe), annotations=annotations),
-        annotated=annotations or (),
+        decoder=Decoder(reading_of(recipe), annotations),
+        workers=recipe.data.workers,
     )
     skipped = f", {info.skipped} bad samples skipped (skipped.jsonl)" if info.skipped else ""
     if info.noted and (notes := directory / "notes.jsonl").exists():

@@ -1,7 +1,7 @@
 """Pictures in: where they lie, reading and decoding them, what is known of them, and how they become encoder input."""
 
 from embeddings_cache.images.annotations import bounding_box, center_point, decode_masks
-from embeddings_cache.images.decoding import AS_OPENCV, SIXTEEN_BIT, Reading, decode_image, reason_of
+from embeddings_cache.images.decoding import AS_OPENCV, SIXTEEN_BIT, Reading, decode_image, decode_picture, reason_of
 from embeddings_cache.images.polygons import CocoFile
 from embeddings_cache.images.preprocessing import (
     PIXEL_MEAN,
@@ -10,11 +10,12 @@ from embeddings_cache.images.preprocessing import (
     normalize,
     pad_pixels,
     resize_longest_side,
+    resize_picture,
     resized_shape,
     to_encoder_input,
 )
 from embeddings_cache.images.rle import decode_rle, encode_rle
-from embeddings_cache.images.samples import Account, Sample, read_images
+from embeddings_cache.images.samples import Account, Bad, Decoder, Encoded, Sample, read_images, read_with
 from embeddings_cache.images.scenes import generate_scene, sa1b_annotation, scene_count, write_scene_tars
 from embeddings_cache.images.skipped import Skipped, SkippedSamples, commonest, gather_notes, read_notes
 from embeddings_cache.images.sources import Share, assign_sources, expand_sources, keep_key, pick_sources
@@ -26,7 +27,10 @@ __all__ = [
     "PIXEL_STD",
     "SIXTEEN_BIT",
     "Account",
+    "Bad",
     "CocoFile",
+    "Decoder",
+    "Encoded",
     "Reading",
     "Sample",
     "Share",
@@ -39,6 +43,7 @@ __all__ = [
     "commonest",
     "decode_image",
     "decode_masks",
+    "decode_picture",
     "decode_rle",
     "encode_rle",
     "expand_sources",
@@ -53,8 +58,10 @@ __all__ = [
     "pick_sources",
     "read_images",
     "read_notes",
+    "read_with",
     "reason_of",
     "resize_longest_side",
+    "resize_picture",
     "resized_shape",
     "sa1b_annotation",
     "scene_count",

@@ -9,7 +9,9 @@ import json
 
 import numpy as np
 import torch
+from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
+from torchvision.transforms.functional import resize
 
 PIXEL_MEAN = (123.675, 116.28, 103.53)
 PIXEL_STD = (58.395, 57.12, 57.375)
@@ -17,17 +19,23 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 def resize_longest_side(image: np.ndarray, size: int) -> np.ndarray:
-    """RGB uint8 (H, W, 3) → RGB uint8 (h, w, 3) with max(h, w) = size, by segment-anything's own resampling.
+    """`resize_picture` of an array: RGB uint8 (H, W, 3) → RGB uint8 (h, w, 3)."""
+    return np.asarray(resize_picture(Image.fromarray(image), size))
+
+
+def resize_picture(picture: Image.Image, size: int) -> Image.Image:
+    """RGB → RGB with max(h, w) = size, by segment-anything's own resampling.
+
+    `ResizeLongestSide.apply_image` does the same, and copies into arrays and back.
 
     Raises:
-        ValueError: the image is so elongated that its short side would round to no pixel at all.
+        ValueError: the picture is so elongated that its short side would round to no pixel at all.
     """
-    resized_shape((image.shape[0], image.shape[1]), size)
-    return ResizeLongestSide(size).apply_image(image)
+    return resize(picture, list(resized_shape((picture.height, picture.width), size)))
 
 
 def resized_shape(original_size: tuple[int, int], size: int) -> tuple[int, int]:
-    """Height and width of what `resize_longest_side` makes; raises as it does."""
+    """Height and width of what `resize_picture` makes; raises as it does."""
     height, width = ResizeLongestSide.get_preprocess_shape(*original_size, size)
     if min(height, width) < 1:
         raise ValueError(f"{original_size[1]}×{original_size[0]} px is too elongated for a longest side of {size} px")

@@ -3,44 +3,69 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from embeddings_cache.images.annotations import usable_annotation
 from embeddings_cache.images.archives import Member, is_stream, open_members, read_stream
-from embeddings_cache.images.decoding import AS_OPENCV, Reading, decode_image, reason_of
+from embeddings_cache.images.decoding import AS_OPENCV, Reading, decode_picture, reason_of
 from embeddings_cache.images.folders import files_of, is_folder_like
 from embeddings_cache.images.names import Group, LeftOut, Lost, group_by_stem, group_files, suffix_of
 from embeddings_cache.images.polygons import CocoFile
 from embeddings_cache.images.remote import is_remote
 from embeddings_cache.images.skipped import Skipped
 from embeddings_cache.images.sources import Share
-from embeddings_cache.system import PASSING, map_ahead
+from embeddings_cache.system import PASSING, Workers
 from students import InputError
 
 GOES_ON = "; the same command goes on from here"
 APART = "its image lies elsewhere in the tar, they must lie together"
 
 
+Bad = tuple[str, str]
+"""Key of a sample, and why it cannot be had."""
+
+
+class Noted(Protocol):
+    """What has become of an image: `notes` say what there is to know of the one that `key` names."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
+
+N = TypeVar("N", bound=Noted)
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One image as it came: `key` names it, `image` is RGB uint8 (H, W, 3), `annotation` SA-1B's JSON if it has one.
+    """One image as it came: `key` names it, `picture` is RGB and upright, `annotation` SA-1B's JSON if it has one.
 
     `kind` is the picture's suffix; `notes` say what there is to know of it, such as why its annotation was not used.
     """
 
     key: str
-    image: np.ndarray
+    picture: Image.Image
     annotation: str | None
     kind: str = ""
     notes: tuple[str, ...] = ()
 
     @property
+    def image(self) -> np.ndarray:
+        """RGB uint8 (H, W, 3)."""
+        return np.asarray(self.picture)
+
+    @property
     def original_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return self.image.shape[0], self.image.shape[1]
+        return self.picture.height, self.picture.width
 
 
 @dataclass(frozen=True)
@@ -51,6 +76,34 @@ class Encoded:
     kind: str
     picture: bytes
     annotation: bytes | None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What makes a sample of its files.
+
+    Args:
+        reading: how pictures are decoded.
+        annotations: of images that have no usable one beside them.
+    """
+
+    reading: Reading = AS_OPENCV
+    annotations: CocoFile | None = None
+
+    def __call__(self, encoded: Encoded) -> Sample | Bad:
+        """The sample, or its key and why it cannot be had."""
+        notes: list[str] = []
+        try:
+            picture = decode_picture(encoded.picture, self.reading, notes.append)
+        except Exception as error:  # Pillow lets many kinds through; one bad sample must not end the run
+            return encoded.key, reason_of(error)
+        size = (picture.height, picture.width)
+        annotation, beside = None, list[str]()
+        if encoded.annotation is not None:
+            annotation = usable_annotation(encoded.annotation, size, beside.append)
+        if annotation is None and self.annotations is not None and (listed := self.annotations.annotation(encoded.key)):
+            annotation, beside = usable_annotation(listed, size, notes.append), []
+        return Sample(encoded.key, picture, annotation, encoded.kind, (*notes, *beside))
 
 
 @dataclass(frozen=True)
@@ -84,36 +137,43 @@ def read_images(
     shares: Iterable[Share],
     wanted: Callable[[str], bool] = lambda key: True,
     account: Account | None = None,
+    decoder: Decoder | None = None,
     threads: int = 1,
-    reading: Reading = AS_OPENCV,
-    annotations: CocoFile | None = None,
 ) -> Iterator[Sample]:
-    """Decode the wanted images of some sources, in order, by some threads.
+    """Decode the wanted images of some sources, in order, in threads; what else can be said is at `read_with`."""
+    with Workers(decoder or Decoder(), threads=threads) as workers:
+        yield from read_with(workers, shares, wanted, account)
+
+
+def read_with(
+    workers: Workers[Encoded, N | Bad],
+    shares: Iterable[Share],
+    wanted: Callable[[str], bool] = lambda key: True,
+    account: Account | None = None,
+) -> Iterator[N]:
+    """What some workers make of the wanted images of some sources, in order.
 
     Bad samples are reported and passed over: an image that cannot be decoded, a key seen before, an annotation without
     image, a local tar that ends too early.
 
     Args:
+        workers: call a `Decoder`, and what they will with its sample.
         shares: from `assign_sources`.
         wanted: whether the image with a key is.
-        account: is told of all that does not become a sample.
-        threads: that decode.
-        reading: how pictures are decoded.
-        annotations: of images that have no usable one beside them.
+        account: is told of all that does not become a sample, and of notes.
 
     Raises:
         InputError: a source that cannot be opened at all, or a download that breaks off.
     """
     account = account or Account()
-    found = _unique_samples(shares, wanted, account)
-    decode = partial(_decoded, reading=reading, annotations=annotations)
-    for sample in map_ahead(decode, found, threads, ahead=2 * threads):
-        if isinstance(sample, Sample):
-            for note in sample.notes:
-                account.noted(sample.key, note)
-            yield sample
-        else:
-            account.skipped(*sample)
+    with closing(workers.map(_unique_samples(shares, wanted, account))) as made:
+        for item in made:
+            if isinstance(item, tuple):
+                account.skipped(*item)
+            else:
+                for note in item.notes:
+                    account.noted(item.key, note)
+                yield item
 
 
 def _unique_samples(shares: Iterable[Share], wanted: Callable[[str], bool], account: Account) -> Iterator[Encoded]:
@@ -175,19 +235,3 @@ def _windows(source: str, skipped: Skipped) -> Iterator[Files]:
 
 def _of_archive(members: list[Member]) -> Files:
     return Files([name for name, _ in members], group_files, lambda place: members[place][1]())
-
-
-def _decoded(encoded: Encoded, reading: Reading, annotations: CocoFile | None) -> Sample | tuple[str, str]:
-    """The sample, or its key and why it cannot be had."""
-    notes: list[str] = []
-    try:
-        image = decode_image(encoded.picture, reading, notes.append)
-    except Exception as error:  # Pillow lets many kinds through; one bad sample must not end the run
-        return encoded.key, reason_of(error)
-    size = (image.shape[0], image.shape[1])
-    annotation, beside = None, list[str]()
-    if encoded.annotation is not None:
-        annotation = usable_annotation(encoded.annotation, size, beside.append)
-    if annotation is None and annotations is not None and (listed := annotations.annotation(encoded.key)):
-        annotation, beside = usable_annotation(listed, size, notes.append), []
-    return Sample(encoded.key, image, annotation, encoded.kind, (*notes, *beside))

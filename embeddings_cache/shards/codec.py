@@ -56,10 +56,10 @@ def crc32_of(row: CacheRow) -> int:
     return zlib.crc32((row.annotation or "").encode(), zlib.crc32(row.encoded, zlib.crc32(row.key.encode())))
 
 
-def encode_pixels(pixels: np.ndarray, quality: int | str) -> bytes:
+def encode_pixels(pixels: np.ndarray | Image.Image, quality: int | str) -> bytes:
     """RGB uint8 (h, w, 3) → JPEG of quality 1–100, or lossless PNG where quality is "png"."""
     buffer = io.BytesIO()
-    image = Image.fromarray(pixels)
+    image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
     if quality == "png":
         image.save(buffer, "PNG", compress_level=1)
     else:
@@ -70,4 +70,4 @@ def encode_pixels(pixels: np.ndarray, quality: int | str) -> bytes:
 def decode_pixels(encoded: bytes) -> np.ndarray:
     """Inverse of `encode_pixels`."""
     with Image.open(io.BytesIO(encoded)) as image:
-        return np.asarray(image.convert("RGB"))
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))

@@ -15,6 +15,9 @@ from embeddings_cache.shards.format import BYTES, FORMAT, UTF8, VERSION, CacheId
 from embeddings_cache.system import TEMPORARY, Stopped, publish
 from students import InputError
 
+BLOCK = 16
+"""Rows whose pictures, keys and sizes are written at once: HDF5 takes about as long for one as for many."""
+
 
 class ShardWriter:
     """Rolls over a process's shards: `write` rows, then `close`.
@@ -33,6 +36,7 @@ class ShardWriter:
         self._disk: _Disk | None = None
         self._failed = False
         self._rows = 0
+        self._waiting: list[CacheRow] = []
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -56,6 +60,10 @@ class ShardWriter:
             if self._file is None:
                 self._file = self._create()
             self._append(self._file, row)
+            if len(self._waiting) == BLOCK:
+                self._write_waiting(self._file)
+            if self._disk_error:
+                raise self._disk_error
         if self._rows == self.images_per_shard:
             self.close()
 
@@ -68,6 +76,9 @@ class ShardWriter:
         if self._file is None:
             return
         with self._failing_for_good():
+            self._write_waiting(self._file)
+            for dataset in self._file.values():
+                dataset.resize(self._rows, axis=0)
             self._file.attrs["images"] = self._rows
             self._file.close()
             self._close_disk()
@@ -85,22 +96,27 @@ class ShardWriter:
             self._disk.close()
         self._temporary.unlink(missing_ok=True)
         self._rows = 0
+        self._waiting = []
 
     def _append(self, file: h5py.File, row: CacheRow) -> None:
-        self._rows += 1
-        for dataset in file.values():
-            dataset.resize(self._rows, axis=0)
-        last = self._rows - 1
+        """Write a row's embedding; the rest of it waits for a block."""
         for name, values in encode_embedding(row.embedding, self.identity.dtype).items():
-            file[name][last] = values
-        file["images"][last] = np.frombuffer(row.encoded, dtype=np.uint8)
-        file["keys"][last] = row.key
-        file["original_size"][last] = row.original_size
-        file["input_size"][last] = row.input_size
-        file["annotations"][last] = row.annotation or ""
-        file["crc32"][last] = crc32_of(row)
-        if self._disk_error:
-            raise self._disk_error
+            file[name][self._rows] = values
+        self._rows += 1
+        self._waiting.append(row)
+
+    def _write_waiting(self, file: h5py.File) -> None:
+        rows, block = self._waiting, slice(self._rows - len(self._waiting), self._rows)
+        if not rows:
+            return
+        for place, row in enumerate(rows, block.start):  # h5py takes pictures of equal length for a matrix
+            file["images"][place] = np.frombuffer(row.encoded, dtype=np.uint8)
+        file["keys"][block] = [row.key for row in rows]
+        file["original_size"][block] = [row.original_size for row in rows]
+        file["input_size"][block] = [row.input_size for row in rows]
+        file["annotations"][block] = [row.annotation or "" for row in rows]
+        file["crc32"][block] = [crc32_of(row) for row in rows]
+        self._waiting = []
 
     @property
     def _disk_error(self) -> OSError | None:
@@ -138,20 +154,20 @@ class ShardWriter:
     def _create(self) -> h5py.File:
         self._disk = _Disk(self._temporary)
         file = h5py.File(self._disk, "w")
-        shape = self.identity.embedding_shape
-        # A chunk an image: one read gets a row, and a checksum covers it.
-        file.create_dataset(
-            "embeddings", (0, *shape), self.identity.dtype, maxshape=(None, *shape), chunks=(1, *shape), fletcher32=True
-        )
+        rows, shape = self.images_per_shard, self.identity.embedding_shape
+        # As long as a full shard has it, and cut when this one ends. A chunk an image: one read gets a row, and a
+        # checksum covers it.
+        options = {"maxshape": (None, *shape), "chunks": (1, *shape), "fletcher32": True}
+        file.create_dataset("embeddings", (rows, *shape), self.identity.dtype, **options)
         if self.identity.dtype == "int8":
             file.create_dataset(
-                "scales", (0, shape[0]), np.float32, maxshape=(None, shape[0]), chunks=(1, shape[0]), fletcher32=True
+                "scales", (rows, shape[0]), np.float32, maxshape=(None, shape[0]), chunks=(1, shape[0]), fletcher32=True
             )
         for name, dtype in (("images", BYTES), ("keys", UTF8), ("annotations", UTF8)):
-            file.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(64,))
+            file.create_dataset(name, (rows,), dtype, maxshape=(None,), chunks=(64,))
         for name in ("original_size", "input_size"):
-            file.create_dataset(name, (0, 2), np.int32, maxshape=(None, 2), chunks=(64, 2), fletcher32=True)
-        file.create_dataset("crc32", (0,), np.uint32, maxshape=(None,), chunks=(64,), fletcher32=True)
+            file.create_dataset(name, (rows, 2), np.int32, maxshape=(None, 2), chunks=(64, 2), fletcher32=True)
+        file.create_dataset("crc32", (rows,), np.uint32, maxshape=(None,), chunks=(64,), fletcher32=True)
         file.attrs.update({"format": FORMAT, "version": VERSION})
         for name, value in vars(self.identity).items():
             file.attrs[name] = value

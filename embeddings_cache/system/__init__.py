@@ -1,4 +1,4 @@
-"""Machinery that knows nothing of pictures or caches: whole files, threads, signals, progress."""
+"""Machinery that knows nothing of pictures or caches: whole files, threads, processes, signals, progress."""
 
 from embeddings_cache.system.files import (
     PASSING,
@@ -15,12 +15,14 @@ from embeddings_cache.system.overlap import available_cores, iterate_ahead, map_
 from embeddings_cache.system.progress import bar, progress_bar
 from embeddings_cache.system.stopping import Stopped, StopRequest, stop_on_request
 from embeddings_cache.system.versions import installed_versions
+from embeddings_cache.system.workers import Workers
 
 __all__ = [
     "PASSING",
     "TEMPORARY",
     "StopRequest",
     "Stopped",
+    "Workers",
     "available_cores",
     "bar",
     "installed_versions",

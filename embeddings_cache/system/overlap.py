@@ -1,9 +1,9 @@
-"""Work that goes on in threads while something else is busy, in order and never far ahead."""
+"""Work that goes on in threads or processes while something else is busy, in order and never far ahead."""
 
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import repeat
 from typing import TypeVar
@@ -28,8 +28,18 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, ahea
     What `items` raises comes after the results of all items before it. When the caller stops early, what has not been
     begun is dropped.
     """
-    iterator, failure = iter(items), None
     pool = ThreadPoolExecutor(threads)
+    try:
+        yield from submit_ahead(pool, function, items, ahead)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def submit_ahead(
+    pool: Executor, function: Callable[[T], R], items: Iterable[T], ahead: int
+) -> Generator[R, None, None]:
+    """`map_ahead` by a pool that others may use as well."""
+    iterator, failure = iter(items), None
     pending: deque[Future[R]] = deque()
     try:
         while True:
@@ -48,7 +58,8 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, ahea
         if failure is not None:
             raise failure
     finally:
-        pool.shutdown(cancel_futures=True)
+        for future in pending:
+            future.cancel()
 
 
 def iterate_ahead(items: Iterable[T], ahead: int) -> Generator[T, None, None]:

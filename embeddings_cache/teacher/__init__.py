@@ -1,6 +1,6 @@
 """The teacher: any SAM, or the toy that comes with the package, and its encoder at work."""
 
-from embeddings_cache.teacher.encoder import TEACHER_DTYPES, TeacherEncoder, resolve_dtype
+from embeddings_cache.teacher.encoder import TEACHER_DTYPES, TeacherEncoder, resolve_compile, resolve_dtype
 from embeddings_cache.teacher.loading import check_teacher, known_teachers, load_teacher, weights_sha256
 from embeddings_cache.teacher.toy import (
     TOY_CHANNELS,
@@ -25,6 +25,7 @@ __all__ = [
     "load_teacher",
     "load_toy_state",
     "load_toy_teacher",
+    "resolve_compile",
     "resolve_dtype",
     "weights_sha256",
 ]

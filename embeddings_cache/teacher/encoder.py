@@ -1,5 +1,6 @@
 """The teacher's encoder at work: at a precision, on a device, in batches that fit."""
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -8,12 +9,14 @@ from segment_anything.modeling import Sam
 
 from embeddings_cache.images import to_encoder_input
 from embeddings_cache.teacher.vit import encode_image
-from students import InputError, StudentEncoder
+from students import InputError, StudentEncoder, first_line
 
 TEACHER_DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGEST_BATCH = 16
 """Images; a ViT at 1024 px fills a GPU with fewer."""
 OF_FREE_MEMORY = 0.8
+COMPILATION_PAYS = 2000
+"""Images: on an H200 compiling ViT-H took 23 s, and saved 11 ms an image from then on."""
 AT_PRECISION = ("blocks", "backbone", "fuse")
 """Parts of a ViT or of a student that are nearly all of the work; the rest, norms above all, stays in float32."""
 
@@ -46,15 +49,33 @@ class TeacherEncoder:
         for name, part in self.encoder.named_children():
             if name in AT_PRECISION:
                 part.to(self.dtype)
+        self.batch_size = batch_size or self._find_batch_size()
         self.compiled = compiled
+        self._eager = self._encode_image
         if compiled:
             self._encode_image = torch.compile(self._encode_image, dynamic=False)
-        self.batch_size = batch_size or self._find_batch_size()
 
     @property
     def image_size(self) -> int:
         """Side S of the square input in pixels."""
         return self.encoder.img_size
+
+    def compile_or_not(self) -> str:
+        """Compile now; where that fails, for want of a compiler for instance, go on without.
+
+        Returns:
+            What came of it, in a line.
+        """
+        side, began = self.image_size, time.perf_counter()
+        pixels = torch.zeros(self.batch_size, 3, side, side, dtype=torch.uint8)
+        try:
+            self(pixels, torch.tensor([[side, side]] * self.batch_size)).cpu()
+        except InputError:
+            raise
+        except Exception as error:  # of many kinds, from the compiler, the system or the driver
+            self.compiled, self._encode_image = False, self._eager
+            return f"the encoder could not be compiled, and does without: {first_line(error)}"
+        return f"the encoder was compiled in {time.perf_counter() - began:.0f} s"
 
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor, input_size: torch.Tensor) -> torch.Tensor:
@@ -94,13 +115,15 @@ class TeacherEncoder:
             the CPU's memory. It raises `InputError` where the precision has overflowed.
         """
         on_gpu = self.device.type == "cuda"
-        embeddings = self(pixels, input_size).half().to("cpu", non_blocking=on_gpu)
+        made = self(pixels, input_size).half()
+        finite = made.isfinite().all().to("cpu", non_blocking=on_gpu)
+        embeddings = made.to("cpu", non_blocking=on_gpu)
         copied = torch.cuda.current_stream(self.device).record_event() if on_gpu else None
 
         def fetch() -> torch.Tensor:
             if copied is not None:
                 copied.synchronize()
-            if not embeddings.isfinite().all():
+            if not finite:
                 raise InputError(
                     f"{self.dtype} overflows in the teacher: take teacher.dtype=bfloat16, which has float32's range"
                 )
@@ -141,3 +164,10 @@ def resolve_dtype(name: str, device: torch.device) -> str:
     if name == "auto":
         return "bfloat16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
     return name
+
+
+def resolve_compile(setting: bool | str, device: torch.device, images: int | None) -> bool:
+    """What `auto` means: on a GPU, where so many images lie ahead (None: unknown) that it pays."""
+    if setting == "auto":
+        return device.type == "cuda" and (images is None or images >= COMPILATION_PAYS)
+    return bool(setting)

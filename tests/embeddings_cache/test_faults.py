@@ -64,7 +64,7 @@ def start(tars: Path) -> Iterator[Start]:
 
 
 def start_precompute(
-    tars: Path, directory: Path, *launcher: str, prepare: Callable[[], object] = int
+    tars: Path, directory: Path, *launcher: str, workers: int = 0, prepare: Callable[[], object] = int
 ) -> subprocess.Popen[str]:
     """The precompute stage of the quickstart, in a process group of its own.
 
@@ -78,6 +78,7 @@ def start_precompute(
     command = [sys.executable, *launcher, str(ROOT / "distill.py"), "recipe=quickstart", "stage=precompute"]
     command += ["image_size=128", f"data.images={tars}", f"cache.dir={directory / 'cache'}", "data.val_images=4"]
     command += [f"run_dir={directory / 'run'}", "cache.images_per_shard=5", "teacher.batch_size=1"]
+    command += [f"data.workers={workers}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=begin, **pipes)
@@ -110,14 +111,21 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tars: Path) -> dict[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
+@pytest.mark.parametrize(
+    ("number", "name", "workers"),
+    [(signal.SIGTERM, "SIGTERM", 0), (signal.SIGTERM, "SIGTERM", 2), (signal.SIGINT, "SIGINT", 2)],
+)
 def test_preemption_keeps_every_finished_row(
-    number: int, name: str, tmp_path: Path, start: Start, undisturbed: dict[str, bytes]
+    number: int, name: str, workers: int, tmp_path: Path, start: Start, undisturbed: dict[str, bytes]
 ) -> None:
-    process = start(tmp_path)
+    """The signal goes to all processes of the run, as schedulers and terminals send it; all of them end."""
+    process = start(tmp_path, workers=workers)
     wait_for_shards(tmp_path, 2, process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    assert len(children(process.pid)) == workers
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=30)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
     assert process.returncode == 128 + number
     assert output.splitlines()[-1] == f"distill.py: stopped by {name}; the same command goes on from here"
     kept = sum(len(h5py.File(shard)["keys"]) for shard in shard_paths(tmp_path / "cache"))
@@ -144,7 +152,8 @@ def test_preemption_of_several_processes(tmp_path: Path, start: Start, undisturb
 def test_killed_at_any_moment_the_same_command_goes_on(
     tmp_path: Path, start: Start, undisturbed: dict[str, bytes]
 ) -> None:
-    """kill -9 at 16 random moments across two processes: of all at once (a machine dies), or of one worker."""
+    """kill -9 at 16 random moments across two processes, with and without workers: of all at once (a machine dies), or
+    of any one of them."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     chance = random.Random(0)
     began = time.monotonic()
@@ -157,7 +166,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(
     directory = tmp_path / "0"
     while kills < 16:
         kept = {shard: shard.stat().st_mtime_ns for shard in shard_paths(directory / "cache")}
-        process = start(directory, *launcher)
+        process = start(directory, *launcher, workers=chance.choice((0, 1)))
         if chance.random() < 0.5:
             time.sleep(chance.uniform(0, takes))
         else:  # while rows are being written
@@ -176,13 +185,14 @@ def test_killed_at_any_moment_the_same_command_goes_on(
 
 
 def kill_some(process: subprocess.Popen[str], chance: random.Random) -> bool:
-    """kill -9 for one worker, or for launcher and workers; False where they had ended before."""
-    workers = children(process.pid)
+    """kill -9 for one process, or for the launcher and all of them; False where they had ended before."""
+    ranks = children(process.pid)
+    descendants = [*ranks, *(worker for rank in ranks for worker in children(rank))]
     alive = process.poll() is None
-    if alive and workers and chance.random() < 0.5:
-        kill_quietly(chance.choice(workers))
+    if alive and descendants and chance.random() < 0.5:
+        kill_quietly(chance.choice(descendants))
     else:
-        for pid in (process.pid, *workers):
+        for pid in (process.pid, *descendants):
             kill_quietly(pid)
     process.communicate(timeout=60)
     return alive

@@ -1,28 +1,34 @@
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from caches import SIZE, Make
+from embeddings_cache import embed
 from embeddings_cache.images import skipped
 from embeddings_cache.images.preprocessing import resize_longest_side
-from embeddings_cache.images.samples import read_images
+from embeddings_cache.images.samples import Sample, read_images
 from embeddings_cache.images.sources import Share
 from embeddings_cache.precompute import cache_identity, precompute
 from embeddings_cache.shards.format import CacheIdentity
 from embeddings_cache.shards.reader import EmbeddingsCache, shard_paths
 from embeddings_cache.teacher.encoder import TeacherEncoder
+from pictures import encoded
 from students import InputError
 from support import ROOT
 
@@ -50,6 +56,61 @@ def test_embedding_is_the_teachers_of_the_stored_pixels(cache_dir: Path, sam: Sa
         predictor.set_image(row.pixels())
         expected = predictor.get_image_embedding()[0]
         torch.testing.assert_close(torch.from_numpy(row.embedding).float(), expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_make_the_same_shards(workers: int, tmp_path: Path, cache_dir: Path, make: Make) -> None:
+    make(tmp_path, workers=workers)
+    ours, theirs = shard_paths(tmp_path), shard_paths(cache_dir)
+    assert [path.name for path in ours] == [path.name for path in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        with h5py.File(mine) as first, h5py.File(other) as second:
+            assert dict(first.attrs.items()).keys() == dict(second.attrs.items()).keys()
+            assert first.keys() == second.keys()
+            for name, dataset in first.items():
+                assert dataset.shape == second[name].shape
+                assert all(np.array_equal(a, b) for a, b in zip(dataset[:], second[name][:], strict=True)), name
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_report_what_is_skipped_and_noted(workers: int, tmp_path: Path, scene_tar: Path, make: Make) -> None:
+    tar = damaged_tar(tmp_path / "bad.tar", scene_tar, broken=2)
+    with tarfile.open(tar, "a") as target:
+        for name, data in (("dark.png", dark_png()), ("thin.png", encoded("PNG", size=(1, 4000)))):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            target.addfile(member, io.BytesIO(data))
+    info = make(tmp_path / "c", tar=tar, max_skipped=0.5, workers=workers)
+    assert (info.images, info.skipped, info.noted) == (19, 3, 1)
+    reasons = [json.loads(line) for line in (tmp_path / "c" / "skipped.jsonl").read_text().splitlines()]
+    assert [entry["key"] for entry in reasons] == ["sa_0", "sa_1", "thin"]
+    assert "too elongated" in reasons[2]["reason"]
+
+
+def dark_png() -> bytes:
+    """16 bits of which the upper four are never used."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((40, 60), 700, np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_worker_that_is_killed_ends_the_run_and_what_was_made_is_kept(
+    tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, make: Make
+) -> None:
+    original = embed.prepare
+
+    def killed(sample: Sample, *settings: Any) -> Any:
+        if sample.key == "sa_21":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(sample, *settings)
+
+    monkeypatch.setattr(embed, "prepare", killed)
+    with pytest.raises(InputError, match="a worker process was killed, for want of memory perhaps; the same command"):
+        make(tmp_path, batch_size=1, workers=1)
+    assert len(shard_paths(tmp_path)) >= 1
+    monkeypatch.undo()
+    make(tmp_path, batch_size=1, workers=1)
+    assert contents(tmp_path).keys() == contents(cache_dir).keys()
 
 
 def test_png_keeps_the_resized_pixels_exactly(

@@ -11,3 +11,7 @@ def sleep_on(connection: Connection) -> None:
 
 def crash(connection: Connection) -> None:
     os.abort()
+
+
+def double(value: int) -> int:
+    return 2 * value

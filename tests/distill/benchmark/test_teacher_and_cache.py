@@ -78,6 +78,24 @@ def test_cache(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.json", "benchmark.md"]
 
 
+def test_pipeline(tmp_path: Path) -> None:
+    out = tmp_path / "benchmark.json"
+    arguments = ["images=5", "workers=0,2", "image_size=128", "rounds=2", f"dir={tmp_path}", f"out={out}"]
+    assert main(["pipeline", *arguments]) == 0
+    threads, workers, *steps = json.loads(out.read_text())["pipeline"]["rows"]
+    assert (threads["backend"], workers["backend"]) == ("threads", "2 workers")
+    for row in (threads, workers):
+        assert row["name"] == "5 photographs from JPEG to shard"
+        assert row["images_per_s"] == pytest.approx(5e3 / row["median_ms"], rel=0.01)
+    decoding = next(row for row in steps if row["backend"] == "decode")
+    assert threads["own_cpu_ms_per_image"] == threads["cpu_ms_per_image"] > 0.5 * decoding["median_ms"]
+    # What decoding takes, workers take.
+    assert workers["own_cpu_ms_per_image"] + 0.5 * decoding["median_ms"] < workers["cpu_ms_per_image"]
+    named = ["decode", "resize", "encode as kept", "decode again", "hand to a worker", "take from a worker"]
+    assert [row["backend"] for row in steps] == [*named, "stack", "write"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmark.json", "benchmark.md"]
+
+
 def test_reading_is_compared_on_the_same_bytes(tmp_path: Path) -> None:
     settings = CacheBenchmark(rows=9, image_size=64)
     make_cache(tmp_path, settings)
@@ -99,6 +117,8 @@ def test_reading_is_compared_on_the_same_bytes(tmp_path: Path) -> None:
         (["teacher", "name=vit_x"], "name=vit_x is not known; did you mean 'vit_"),
         (["teacher", "dtypes=float32,fp16"], "dtypes=fp16 is not known; did you mean 'float16'?"),
         (["teacher", "device=gpu"], "device=gpu is not known"),
+        (["pipeline", "workers=0,-1"], "workers=0,-1 is neither auto nor different numbers after commas"),
+        (["pipeline", "workers=2,2"], "workers=2,2 is neither auto nor different numbers"),
         (["cache", "dtype=int4"], "dtype=int4 is not known"),
         (["teacher", "rounds=0"], "rounds=0 is less than 1"),
         (["teacher", "pipeline=-1"], "pipeline=-1 is less than 0"),

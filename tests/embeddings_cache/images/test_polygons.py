@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from embeddings_cache.images.annotations import decode_masks, usable_annotation
 from embeddings_cache.images.polygons import CocoFile
 from embeddings_cache.images.rle import encode_rle
-from embeddings_cache.images.samples import read_images
+from embeddings_cache.images.samples import Decoder, read_images
 from embeddings_cache.images.sources import Share
 from pictures import encoded
 from students import InputError
@@ -100,7 +100,7 @@ def test_one_coco_file_beside_a_folder(below: str, tmp_path: Path) -> None:
     for name in ("a.b.jpg", "c.jpg"):
         (tmp_path / "images" / below / name).write_bytes(encoded(size=(80, 60)))
     listed = CocoFile(coco(tmp_path))
-    samples = {s.key: s for s in read_images([Share(str(tmp_path / "images"))], annotations=listed)}
+    samples = {s.key: s for s in read_images([Share(str(tmp_path / "images"))], decoder=Decoder(annotations=listed))}
     first, second = sorted(samples)
     parts, star = decode_masks(samples[first].annotation or "")
     expected = np.zeros(SIZE, bool)

@@ -6,15 +6,16 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from segment_anything.modeling import ImageEncoderViT, Sam
 from torch import nn
 
-from embeddings_cache.embed import embedded_rows
+from embeddings_cache.embed import embedded_rows, prepare
 from embeddings_cache.images.preprocessing import pad_pixels, to_encoder_input
 from embeddings_cache.images.samples import Sample
 from embeddings_cache.images.scenes import generate_scene
 from embeddings_cache.teacher import attention
-from embeddings_cache.teacher.encoder import TeacherEncoder
+from embeddings_cache.teacher.encoder import TeacherEncoder, resolve_compile
 from embeddings_cache.teacher.loading import load_teacher, weights_sha256
 from embeddings_cache.teacher.toy import load_toy_teacher
 from embeddings_cache.teacher.vit import encode_image, fuse_attention
@@ -144,9 +145,35 @@ def test_overflow_is_an_error() -> None:
     sam = load_teacher("toy", None, 128)
     with torch.no_grad():
         sam.image_encoder.blocks[0].mlp.lin2.bias.fill_(1e6)
-    samples = [Sample(str(n), generate_scene(np.random.default_rng(n), 128)[0], None) for n in range(2)]
+    pictures = [Image.fromarray(generate_scene(np.random.default_rng(n), 128)[0]) for n in range(2)]
+    prepared = [prepare(Sample(str(n), picture, None), 128, 95) for n, picture in enumerate(pictures)]
     with pytest.raises(InputError, match=r"torch\.float16 overflows .* take teacher\.dtype=bfloat16"):
-        list(embedded_rows(TeacherEncoder(sam, CPU, "float16"), samples, 95, skipped=print))
+        list(embedded_rows(TeacherEncoder(sam, CPU, "float16"), prepared))
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "images", "expected"),
+    [
+        ("auto", "cuda", 1999, False), ("auto", "cuda", 2000, True), ("auto", "cuda", None, True),
+        ("auto", "cpu", None, False), (True, "cpu", 1, True), (False, "cuda", None, False),
+    ],
+)  # fmt: skip
+def test_auto_compiles_where_it_pays(setting: bool | str, device: str, images: int | None, expected: bool) -> None:
+    assert resolve_compile(setting, torch.device(device), images) is expected
+
+
+def test_what_cannot_be_compiled_goes_on_without(
+    batch: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC")
+
+    expected = TeacherEncoder(load_teacher("toy", None, 128), CPU, batch_size=2)(*batch)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: broken)
+    encoder = TeacherEncoder(load_teacher("toy", None, 128), CPU, compiled=True, batch_size=2)
+    line = "the encoder could not be compiled, and does without: Failed to find C compiler."
+    assert encoder.compile_or_not() == line
+    assert torch.equal(encoder(*batch), expected)
 
 
 @pytest.mark.slow
@@ -154,4 +181,5 @@ def test_compiled_it_computes_the_same(batch: tuple[torch.Tensor, torch.Tensor])
     """Also a last batch with fewer images, for which nothing is compiled again."""
     expected = TeacherEncoder(load_teacher("toy", None, 128), CPU)(*batch)
     encoder = TeacherEncoder(load_teacher("toy", None, 128), CPU, compiled=True, batch_size=2)
+    assert encoder.compile_or_not().startswith("the encoder was compiled in ")
     torch.testing.assert_close(encoder(*batch), expected, atol=1e-4, rtol=0)
