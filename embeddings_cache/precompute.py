@@ -246,8 +246,9 @@ def refuse_differing(counts: list[dict[str, int]]) -> None:
 
 
 def worker_count(device: torch.device) -> int:
-    """Processes that read pictures: for a GPU its share of the cores but one; none beside a teacher on the CPU."""
-    if device.type == "cpu":
+    """Processes that read pictures: for a GPU its share of the cores but one; none beside a teacher on the CPU, nor on
+    a Mac, where each would import PyTorch first."""
+    if device.type != "cuda":
         return 0
     return max(1, min(MOST_WORKERS, available_cores() // processes_here() - 1))
 

@@ -96,7 +96,7 @@ class _Process:
         try:
             self._process.start()
         finally:
-            theirs.close()  # the process has the only one then, and its death is the pipe's end
+            theirs.close()  # the process has the only one then, and the channel ends with it
 
     def __call__(self, item: Any) -> Any:
         try:

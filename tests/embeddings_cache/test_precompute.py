@@ -20,6 +20,7 @@ from segment_anything.modeling import Sam
 
 from caches import SIZE, Make
 from embeddings_cache import embed
+from embeddings_cache import precompute as precompute_module
 from embeddings_cache.images import skipped
 from embeddings_cache.images.preprocessing import resize_longest_side
 from embeddings_cache.images.samples import Sample, read_images
@@ -70,6 +71,21 @@ def test_workers_make_the_same_shards(workers: int, tmp_path: Path, cache_dir: P
             for name, dataset in first.items():
                 assert dataset.shape == second[name].shape
                 assert all(np.array_equal(a, b) for a, b in zip(dataset[:], second[name][:], strict=True)), name
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "expected"),
+    [
+        ("cpu", 16, 1, 0), ("mps", 8, 1, 0), ("cuda", 16, 1, 15), ("cuda", 64, 1, 16), ("cuda", 64, 8, 7),
+        ("cuda", 8, 8, 1), ("cuda", 1, 1, 1),
+    ],
+)  # fmt: skip
+def test_gpus_share_the_cores(
+    device: str, cores: int, processes: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precompute_module, "available_cores", lambda: cores)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert precompute_module.worker_count(torch.device(device)) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])
