@@ -39,7 +39,7 @@ AS_OPENCV = Reading()
 
 if "PILLOW_BLOCKS_MAX" not in os.environ:
     # Pillow gives the memory of each picture back to the system, which takes as long to clear it for the next one as
-    # decoding does. Four blocks of 16 MiB are what a photograph of 11 megapixels takes.
+    # decoding does. Four blocks of 16 MiB are what a photograph of 16 megapixels takes.
     Image.core.set_blocks_max(4)
 
 
@@ -80,6 +80,7 @@ def decode_picture(
             pixels = image if image.mode == "RGB" else image.convert("RGB")
     if orientation in UPRIGHT:
         pixels = pixels.transpose(UPRIGHT[orientation])
+    pixels.info = {}  # comments, profiles and the like, which Pillow would hand on to every file made of this
     return pixels
 
 
