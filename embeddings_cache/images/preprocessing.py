@@ -20,7 +20,7 @@ PIXEL_STD = (58.395, 57.12, 57.375)
 
 def resize_longest_side(image: np.ndarray, size: int) -> np.ndarray:
     """`resize_picture` of an array: RGB uint8 (H, W, 3) → RGB uint8 (h, w, 3)."""
-    return np.asarray(resize_picture(Image.fromarray(image), size))
+    return np.array(resize_picture(Image.fromarray(image), size))
 
 
 def resize_picture(picture: Image.Image, size: int) -> Image.Image:
