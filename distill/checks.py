@@ -8,16 +8,16 @@ from typing import Any
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from omegaconf import OmegaConf
 
-from distill.schema import BATCH_NORMS, FORMATS, IMAGES, LOSSES, ON_REQUEST, STAGES, TASKS, Recipe, numbers
+from distill.schema import BATCH_NORMS, FORMATS, IMAGES, INPUTS, LOSSES, ON_REQUEST, STAGES, TASKS, Recipe, numbers
 from embeddings_cache.images import SIXTEEN_BIT, scene_count
 from embeddings_cache.shards import DTYPES
 from embeddings_cache.teacher import TEACHER_DTYPES, known_teachers
-from students import DOWNSAMPLES, InputError, list_students
+from students import DOWNSAMPLES, NECKS, InputError, is_known, list_students
 
 CHOICES: dict[str, Callable[[], Sequence[str]]] = {
     "stage": lambda: ("all", *STAGES, *ON_REQUEST),
-    "student.name": list_students,
     "student.downsample": lambda: DOWNSAMPLES,
+    "student.neck": lambda: NECKS,
     "teacher.name": known_teachers,
     "teacher.dtype": lambda: TEACHER_DTYPES,
     "data.sixteen_bit": lambda: SIXTEEN_BIT,
@@ -25,6 +25,7 @@ CHOICES: dict[str, Callable[[], Sequence[str]]] = {
     "train.mixed_precision": lambda: ("no", "bf16", "fp16"),
     "train.batch_norm": lambda: BATCH_NORMS,
     "evaluate.task": lambda: TASKS,
+    "export.input": lambda: INPUTS,
 }
 CHOICES_OF_EACH: dict[str, Callable[[], Sequence[str]]] = {
     "export.formats": lambda: (*FORMATS, "all"),
@@ -32,15 +33,16 @@ CHOICES_OF_EACH: dict[str, Callable[[], Sequence[str]]] = {
 }
 
 AT_LEAST_ONE = (
-    "teacher.batch_size", "data.val_images", "data.max_pixels", "cache.images_per_shard", "train.batch_size",
-    "train.accumulate", "train.mask_prompts", "train.checkpoint_every", "train.keep_checkpoints", "train.log_every",
+    "student.neck_expand", "teacher.batch_size", "data.val_images", "data.max_pixels", "cache.images_per_shard",
+    "train.batch_size", "train.accumulate", "train.mask_prompts", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.log_every",
     "evaluate.masks_per_image", "evaluate.grid", "export.images", "export.calibration_images",
     "predict.points_per_side",
 )  # fmt: skip
 NOT_NEGATIVE = (
-    "seed", "data.workers", "data.max_skipped", "train.epochs", "train.weight_decay", "train.warmup_steps",
-    "train.workers", "train.mask_rounds", "train.ema", "train.checkpoint_minutes", "train.stop_above",
-    "train.watch_images", "verify.recompute",
+    "seed", "student.neck_depth", "data.workers", "data.max_skipped", "train.epochs", "train.weight_decay",
+    "train.warmup_steps", "train.workers", "train.mask_rounds", "train.ema", "train.checkpoint_minutes",
+    "train.stop_above", "train.watch_images", "verify.recompute",
 )  # fmt: skip
 POSITIVE = ("data.fraction", "train.lr", "train.clip_norm")
 
@@ -55,6 +57,8 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
     for key, choices in CHOICES.items():
         if (value := OmegaConf.select(config, key)) not in choices():
             refuse(key, value, " is not known" + nearest(value, choices()))
+    if not is_known(recipe.student.name):
+        refuse("student.name", recipe.student.name, " is not known" + nearest(recipe.student.name, list_students()))
     for key, known in CHOICES_OF_EACH.items():
         for value in OmegaConf.select(config, key):
             if value not in known():

@@ -35,6 +35,9 @@ FORMATS = {
 }
 """What `export.formats` names, and the files that each makes."""
 
+INPUTS = ("sam", "native")
+"""Of exported encoders: an image of `image_size`, or of `student.input_size`."""
+
 DEFAULT_FORMATS = ("onnx", "onnx_decoder", "coreml")
 
 IMAGES = ("data.images", "evaluate.data")
@@ -61,15 +64,19 @@ SHAPES_THE_STUDENT = (
 
 @dataclass
 class StudentRecipe:
-    name: str = "repvit_m2_3"  # backbone: a timm repvit_* or tiny_vit_*
-    downsample: str = "stride1"  # how it comes to stride 16: stride1 (RepViT-SAM, MobileSAM); fuse (EdgeSAM), cheaper
+    name: str = "repvit_m2_3"  # backbone: docs/students.md has those that are tested; or any of timm's with stages
+    input_size: int | None = None  # side at which the backbone works; the encoder reduces images; default: image_size
+    neck: str = "sam"  # sam: behind a last stage at stride 16; pyramid: of the last three stages (EfficientViT-SAM)
+    neck_depth: int = 4  # fused MBConvs of a pyramid
+    neck_expand: int = 1  # and their expansion
+    downsample: str = "stride1"  # how neck=sam comes to stride 16: stride1 (RepViT-SAM); fuse (EdgeSAM), cheaper
     pretrained: Any = False  # start from ImageNet weights: true downloads timm's; or a file with them
     overrides: dict[str, Any] = field(default_factory=dict)  # backbone numbers to change: widths, depths, ...
 
 
 @dataclass
 class TeacherRecipe:
-    name: str = "vit_h"  # vit_h, vit_l, vit_b (also fine-tuned), mobile_sam, repvit_sam, edge_sam, student; or toy
+    name: str = "vit_h"  # vit_h, vit_l, vit_b (also fine-tuned), mobile_sam and others' students, student (ours); or toy
     checkpoint: str | None = None  # its weights, a file or transformers' folder, which tell teacher.name; none for toy
     batch_size: int | None = None  # images a teacher pass, in each process; default: as many as fit, on a CPU 1
     dtype: str = "auto"  # float32, bfloat16 or float16; auto: bfloat16 on a GPU that has it, float32 elsewhere
@@ -143,6 +150,7 @@ class EvaluateRecipe:
 @dataclass
 class ExportRecipe:
     formats: list[str] = field(default_factory=lambda: list(DEFAULT_FORMATS))  # files to make; docs/export.md; or all
+    input: str = "sam"  # what encoders take: sam, image_size px; native, student.input_size px, for who resizes once
     images: int = 2  # held-out images that every file is compared with PyTorch on
     calibration_images: int = 8  # training images that give onnx_int8 the ranges of its activations
     dynamic_batch: bool = False  # ONNX encoders take any number of images at once, and not just one

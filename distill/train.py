@@ -260,8 +260,9 @@ def prefer_determinism(accelerator: Accelerator) -> None:
 
 def student_config(recipe: Recipe, channels: int = 256) -> StudentConfig:
     """The recipe's student, with as many channels as the teacher's embedding has."""
-    student = recipe.student
-    return StudentConfig(student.name, recipe.image_size, channels, dict(student.overrides), student.downsample)
+    settings = {key: value for key, value in vars(recipe.student).items() if key != "pretrained"}
+    settings["overrides"] = dict(settings["overrides"])
+    return StudentConfig(image_size=recipe.image_size, embed_dim=channels, **settings)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -1,6 +1,15 @@
 """The models: a student is a name and a few numbers."""
 
-from students.architectures import PUBLISHED, VITS, Contents, architecture_name, known_architectures, vit_encoder
+from students.architectures import (
+    PUBLISHED,
+    VITS,
+    Contents,
+    architecture_name,
+    config_by_name,
+    known_architectures,
+    vit_encoder,
+)
+from students.backbones import is_known, list_students
 from students.checkpoints import (
     architecture_of,
     identify,
@@ -14,11 +23,11 @@ from students.checkpoints import (
 )
 from students.encoder import (
     DOWNSAMPLES,
+    NECKS,
     StudentConfig,
     StudentEncoder,
     build_encoder,
     create_student,
-    list_students,
 )
 from students.errors import CheckFailed, InputError, first_line
 from students.hugging_face import save_hugging_face
@@ -28,6 +37,7 @@ from students.state_dicts import weight_files
 
 __all__ = [
     "DOWNSAMPLES",
+    "NECKS",
     "PUBLISHED",
     "VITS",
     "CheckFailed",
@@ -39,11 +49,13 @@ __all__ = [
     "architecture_of",
     "build_encoder",
     "build_student_sam",
+    "config_by_name",
     "count_macs",
     "create_student",
     "first_line",
     "identify",
     "inspect_checkpoint",
+    "is_known",
     "is_our_student",
     "known_architectures",
     "left_out",

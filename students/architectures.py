@@ -10,7 +10,8 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import nn
 
-from students.encoder import DOWNSAMPLES, STRIDE, StudentConfig, build_encoder, list_students
+from students.backbones import is_known, list_students
+from students.encoder import DOWNSAMPLES, STRIDE, StudentConfig, build_encoder
 from students.errors import InputError
 from students.layouts import PREFIX, published_names, unused_shapes
 from students.sam import untrained_sam
@@ -21,6 +22,11 @@ PUBLISHED = {
     "mobile_sam": StudentConfig("tiny_vit_5m"),
     "repvit_sam": StudentConfig("repvit_m2_3"),
     "edge_sam": StudentConfig("repvit_m1", downsample="fuse"),
+    "efficientvit_sam_l0": StudentConfig("efficientvit_l0", neck="pyramid", neck_depth=4, input_size=512),
+    "efficientvit_sam_l1": StudentConfig("efficientvit_l1", neck="pyramid", neck_depth=8, input_size=512),
+    "efficientvit_sam_l2": StudentConfig("efficientvit_l2", neck="pyramid", neck_depth=12, input_size=512),
+    "efficientvit_sam_xl0": StudentConfig("efficientvit_xl0", neck="pyramid", neck_depth=6, neck_expand=4),
+    "efficientvit_sam_xl1": StudentConfig("efficientvit_xl1", neck="pyramid", neck_depth=12, neck_expand=4),
 }
 """Students that their authors have released, and the names that their checkpoints go by."""
 
@@ -68,10 +74,35 @@ class Architecture:
 
 
 def architecture_name(config: StudentConfig) -> str:
-    """What a student at 1024 px goes by: its publisher's name where there is one, or its own."""
+    """What a student at 1024 px goes by: its publisher's name where there is one, or its own, with its way to the
+    embedding: `repvit_m1-fuse`, `repvit_m1_1-pyramid`, `repvit_m1_1-pyramid-512` of 512 px."""
     config = replace(config, name=config.name.removesuffix("_224"))  # which is a second name
-    own = config.name + ("-fuse" if config.downsample == "fuse" else "")
+    own = config.name + ("-fuse" if config.downsample == "fuse" else "-pyramid" if config.neck == "pyramid" else "")
+    own += f"-{config.input_size}" if config.input_size else ""
     return next((name for name, published in PUBLISHED.items() if published == config), own)
+
+
+def config_by_name(name: str, image_size: int = SAM_IMAGE_SIZE) -> StudentConfig:
+    """The student that goes by a name of `architecture_name`'s form; at another image size its backbone looks at as
+    large a part of the pixels.
+
+    Raises:
+        InputError: the name's backbone is not known.
+    """
+    config = PUBLISHED.get(name) or _config_in(name)
+    if config.input_size is not None:
+        config = replace(config, input_size=config.input_size * image_size // SAM_IMAGE_SIZE)
+    return replace(config, image_size=image_size)
+
+
+def _config_in(name: str) -> StudentConfig:
+    found = re.fullmatch(r"(?P<name>.+?)(?:-(?P<way>fuse|pyramid(?:-(?P<side>\d+))?))?", name)
+    assert found is not None
+    if not is_known(found["name"]):
+        raise InputError(f"unknown student {name!r}")
+    if found["way"] is None or found["way"] == "fuse":
+        return StudentConfig(found["name"], downsample=found["way"] or "stride1")
+    return StudentConfig(found["name"], neck="pyramid", input_size=int(found["side"]) if found["side"] else None)
 
 
 def known_architectures() -> list[str]:
@@ -88,7 +119,7 @@ def architecture(name: str, image_size: int = SAM_IMAGE_SIZE) -> Architecture:
         names = {key: PREFIX + key for key in encoder.state_dict()}
         return Architecture(partial(vit_encoder, name, image_size), names, _renamed_shapes(encoder, names))
     config = _students()[name]
-    with torch.random.fork_rng(devices=[]):  # its weights are drawn for nothing; some timm cannot leave them out
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         student = build_encoder(config)
     names = published_names(student)
     shapes = {**_renamed_shapes(student, names), **unused_shapes(student)}
@@ -111,12 +142,12 @@ def vit_encoder(name: str, image_size: int) -> nn.Module:
 
 @cache
 def _students() -> dict[str, StudentConfig]:
-    return {architecture_name(config): config for config in (*PUBLISHED.values(), *every_student())}
+    return {architecture_name(config): config for config in (*PUBLISHED.values(), *other_sizes())}
 
 
-def every_student() -> list[StudentConfig]:
-    """Every size and way of downsampling, at 1024 px."""
-    names = [name for name in list_students() if not name.endswith("_224")]
+def other_sizes() -> list[StudentConfig]:
+    """Every size of the backbones that published layouts have SAM's neck behind, in each way of downsampling."""
+    names = [name for name in list_students() if name.startswith(("repvit", "tiny_vit")) and not name.endswith("_224")]
     return [StudentConfig(name, downsample=way) for name in names for way in DOWNSAMPLES]
 
 
@@ -145,9 +176,11 @@ def recognise(shapes: Shapes, origin: str) -> Contents:
             if _cut_short(beside):
                 raise InputError(_unlike(name, {**encoder, **decoder}, shapes, origin))
             return Contents(name, image_size, bool(beside) and beside == decoder, _not_used(beside))
-        if expected.items() < encoder.items():
-            added = name_some(sorted(encoder.keys() - expected), "tensors")
-            raise InputError(f"{origin} is a {name} with {added} added to its encoder, which change what it computes")
+    within = [(name, expected) for name, _, expected in _candidates(encoder) if expected.items() < encoder.items()]
+    if within:
+        name, expected = max(within, key=lambda item: len(item[1]))
+        added = name_some(sorted(encoder.keys() - expected), "tensors")
+        raise InputError(f"{origin} is a {name} with {added} added to its encoder, which change what it computes")
     name, expected = max(
         ((name, {**expected, **decoder}) for name, _, expected in _candidates(encoder)),
         key=lambda item: sum(shapes.get(key) == shape for key, shape in item[1].items()) / len(item[1].keys() | shapes),
@@ -158,7 +191,9 @@ def recognise(shapes: Shapes, origin: str) -> Contents:
 def _candidates(encoder: Shapes) -> Iterator[tuple[str, int, Shapes]]:
     """Name, image size and shapes of every architecture that an encoder could be; to build them all takes a while."""
     is_vit = any(name.startswith(f"{PREFIX}blocks.") for name in encoder)
-    for name in VITS if is_vit else known_architectures():
+    is_efficientvit = any(name.startswith(f"{PREFIX}backbone.") for name in encoder)
+    students = [name for name in _students() if name.startswith("efficientvit") == is_efficientvit]
+    for name in VITS if is_vit else students:
         image_size = _vit_image_size(encoder) if name in VITS else SAM_IMAGE_SIZE
         yield name, image_size, architecture(name, image_size).shapes
 

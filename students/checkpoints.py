@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import UnionType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +19,10 @@ from students.sam import encoder_only_sam, untrained_sam
 from students.state_dicts import differences, read_state_dict, shapes_of
 
 FORMAT = "sam-distill student"
-KINDS = {"name": str, "image_size": int, "embed_dim": int, "overrides": dict, "downsample": str}
+KINDS: dict[str, type | UnionType] = {
+    "name": str, "image_size": int, "embed_dim": int, "overrides": dict, "downsample": str, "neck": str,
+    "neck_depth": int, "neck_expand": int, "input_size": int | None,
+}  # fmt: skip
 
 
 def save_student(path: Path, student: StudentEncoder, metadata: Mapping[str, str]) -> None:

@@ -1,27 +1,26 @@
-"""Student image encoders: a timm backbone held at stride 16, and SAM's neck.
+"""Student image encoders: a timm backbone, and a neck that makes SAM's embedding of its stages.
 
 RepViT (arXiv:2307.09283), as RepViT-SAM uses it (arXiv:2312.05760), and TinyViT (arXiv:2207.10666), as MobileSAM
 uses it (arXiv:2306.14289). Both papers turn the stride of the last downsampling convolution from 2 to 1, so that
 1024×1024 pixels become 64×64 cells, and end in the neck of SAM's own encoder (arXiv:2304.02643, appendix A).
-EdgeSAM (arXiv:2312.06660, section 3.1) leaves that stride, and adds the last two stages up instead.
+EdgeSAM (arXiv:2312.06660, section 3.1) leaves that stride, and adds the last two stages up instead. EfficientViT-SAM
+(arXiv:2402.05008, section 3) adds the last three, and looks at a quarter of the pixels.
 """
 
-import inspect
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import timm
 import torch
-from segment_anything.modeling.common import LayerNorm2d
 from timm.models.repvit import RepVit
-from timm.models.tiny_vit import TinyVit
 from timm.utils import reparameterize_model
 from torch import nn
 
-from students.errors import InputError, first_line
-from students.imagenet import load_from_file, refuse_without_network
+from students.backbones import build_backbone, is_known, list_students, strides, widths
+from students.errors import InputError
+from students.folding import fold_norms
+from students.necks import PyramidNeck, Reduction, StageFusion, sam_neck
 
 STRIDE = 16
 """Image pixels per embedding cell, along each side; what SAM's prompt encoder and decoder expect."""
@@ -29,40 +28,39 @@ STRIDE = 16
 DOWNSAMPLES = ("stride1", "fuse")
 """stride1: the last downsampling has stride 1. fuse: the last stage is at stride 32, and added to the one before."""
 
+NECKS = ("sam", "pyramid")
+"""sam: SAM's own, behind a last stage at stride 16. pyramid: EfficientViT-SAM's, of the last three stages."""
 
-@dataclass(frozen=True)
-class Family:
-    """Backbones of one timm class: what it calls its stem, and the numbers that a recipe changes most."""
-
-    model: type[nn.Module]
-    stem: str
-    widths: str
-    depths: str
-
-
-FAMILIES = {
-    "repvit": Family(RepVit, stem="stem", widths="embed_dim", depths="depth"),
-    "tiny_vit": Family(TinyVit, stem="patch_embed", widths="embed_dims", depths="depths"),
-}
-"""By what their names begin with."""
-
-NOT_OURS = {"self", "num_classes", "in_chans", "global_pool", "distillation", "device", "dtype"}
-"""Arguments of timm's models that a student leaves alone."""
+PYRAMIDS = ([8, 16, 32], [16, 32, 64])
+"""Strides of the last three stages that a pyramid is made of."""
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """All it takes to build a student again; stored beside its weights."""
+    """All it takes to build a student again; stored beside its weights.
+
+    `input_size` is the side at which the backbone works, None where that is `image_size`; `neck_depth` and
+    `neck_expand` are of a pyramid's fused MBConvs.
+    """
 
     name: str
     image_size: int = 1024
     embed_dim: int = 256
     overrides: dict[str, Any] = field(default_factory=dict)
     downsample: str = "stride1"
+    neck: str = "sam"
+    neck_depth: int = 4
+    neck_expand: int = 1
+    input_size: int | None = None
+
+    @property
+    def side(self) -> int:
+        """Of the square that the backbone looks at, in pixels."""
+        return self.image_size if self.input_size is None else self.input_size
 
 
 class StudentEncoder(nn.Module):
-    """A stride-16 backbone and SAM's neck; stands where `Sam.image_encoder` stands.
+    """A backbone and a neck; stands where `Sam.image_encoder` stands.
 
     `img_size` is the attribute that segment-anything reads off an encoder.
     """
@@ -72,65 +70,52 @@ class StudentEncoder(nn.Module):
         self.config = config
         self.img_size = config.image_size
         self.embed_dim = config.embed_dim
+        ratio = config.image_size // config.side
+        self.reduce = Reduction(ratio) if ratio > 1 else nn.Identity()
         self.backbone = backbone
-        middle, last = (info["num_chs"] for info in backbone.feature_info[-2:])  # type: ignore[index]
-        channels, out = last, config.embed_dim
-        if config.downsample == "fuse":
-            channels = out
-            self.fuse = StageFusion(middle, last, out)
+        channels, out = widths(backbone), config.embed_dim
         self.register_load_state_dict_post_hook(_forget_biases)
-        self.neck = nn.Sequential(
-            nn.Conv2d(channels, out, kernel_size=1, bias=False),
-            LayerNorm2d(out),
-            nn.Conv2d(out, out, kernel_size=3, padding=1, bias=False),
-            LayerNorm2d(out),
-        )
+        if config.neck == "pyramid":
+            factors = [stride * ratio / STRIDE for stride in strides(backbone)[-3:]]
+            self.neck: nn.Module = PyramidNeck(channels[-3:], factors, out, config.neck_depth, config.neck_expand)
+        elif config.downsample == "fuse":
+            self.fuse = StageFusion(channels[-2], channels[-1], out)
+            self.neck = sam_neck(out, out)
+        else:
+            self.neck = sam_neck(channels[-1], out)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalised, padded images (B, 3, S, S) → image embeddings (B, embed_dim, S/16, S/16)."""
-        return self.neck(self.features(x))
+        return self.neck(*self.features(x))
 
-    def features(self, x: torch.Tensor) -> torch.Tensor:
-        """What the neck is given: (B, 3, S, S) → (B, C, S/16, S/16)."""
-        if self.config.downsample == "stride1":
-            return self.backbone.forward_features(x)  # type: ignore[operator]
-        stages: Any = self.backbone.stages
-        x = getattr(self.backbone, _family(self.config.name).stem)(x)
-        for stage in stages[:-1]:
-            x = stage(x)
-        return self.fuse(x, stages[-1](x))
+    def features(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What the neck is given: of (B, 3, S, S) one map (B, C, S/16, S/16), or those of a pyramid's three stages."""
+        x, backbone = self.reduce(x), cast(Any, self.backbone)
+        if self.config.neck == "pyramid":
+            return backbone.forward_intermediates(x, indices=3, intermediates_only=True)
+        if self.config.downsample == "fuse":
+            return [self.fuse(*backbone.forward_intermediates(x, indices=2, intermediates_only=True))]
+        return [backbone.forward_features(x)]
+
+    def native(self) -> "StudentEncoder":
+        """A copy that takes images at the side at which its backbone works, (B, 3, input_size, input_size)."""
+        native = deepcopy(self)
+        native.reduce, native.img_size = nn.Identity(), self.config.side
+        return native
 
     def fused(self) -> "StudentEncoder":
         """A copy for inference, in eval mode: parallel branches and batch norms folded into single convolutions.
 
-        RepViT's structural re-parameterisation (arXiv:2307.09283, section 3.1); equal outputs up to rounding.
+        Structural re-parameterisation, as in RepViT (arXiv:2307.09283, section 3.1) and FastViT (arXiv:2303.14189,
+        section 3.2); equal outputs up to rounding.
         """
         kept = next(self.parameters())
         _forget_biases(self)
         # timm folds in float32, and TinyViT's convolutions on the CPU.
         fused = deepcopy(self).to("meta" if kept.is_meta else "cpu", torch.float32).eval()
         fused.backbone = reparameterize_model(fused.backbone, inplace=True)
+        fold_norms(fused)
         return fused.to(kept.device, kept.dtype)
-
-
-class StageFusion(nn.Module):
-    """The last two stages, brought to one width by 1×1 convolutions, the last one enlarged, and added (EdgeSAM)."""
-
-    def __init__(self, middle_channels: int, last_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.middle = nn.Conv2d(middle_channels, out_channels, kernel_size=1, bias=False)
-        self.last = nn.Conv2d(last_channels, out_channels, kernel_size=1, bias=False)
-        self.enlarge = nn.Upsample(scale_factor=2, mode="bicubic")
-
-    def forward(self, middle: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """(B, C₁, h, w) and (B, C₂, h/2, w/2) → (B, out_channels, h, w)."""
-        return self.middle(middle) + self.enlarge(self.last(last))
-
-
-def list_students() -> list[str]:
-    """Names that `create_student` takes: every timm `repvit_*` and `tiny_vit_*`, and `tiny_vit_5m` for `..._224`."""
-    names = timm.list_models([f"{family}_*" for family in FAMILIES])
-    return sorted({name.removesuffix("_224") for name in names} | set(names))
 
 
 def create_student(
@@ -139,17 +124,24 @@ def create_student(
     embed_dim: int = 256,
     pretrained: bool | str | Path = False,
     downsample: str = "stride1",
+    neck: str = "sam",
+    neck_depth: int = 4,
+    neck_expand: int = 1,
+    input_size: int | None = None,
     **overrides: Any,
 ) -> StudentEncoder:
     """Build a student encoder.
 
     Args:
-        name: one of `list_students()`.
+        name: one of `list_students()`, or any other of timm's models whose stages fit.
         image_size: side S of the square input, in pixels; a multiple of 64.
         embed_dim: channels of the embedding, those of the teacher's (256 in every published SAM).
         pretrained: start the backbone from timm's ImageNet weights: True downloads them, or takes timm's cache; a path
             names a file with them (safetensors, or a state dict).
-        downsample: how the embedding comes to stride 16, one of `DOWNSAMPLES`.
+        downsample: how SAM's neck comes to stride 16, one of `DOWNSAMPLES`.
+        neck: one of `NECKS`.
+        neck_depth, neck_expand: how many fused MBConvs a pyramid has, and their expansion.
+        input_size: side at which the backbone works; the encoder reduces the image to it. Default: `image_size`.
         overrides: the backbone's numbers to change: `widths` and `depths`, a value a stage, or any other argument
             of timm's model (`window_sizes`, `drop_path_rate`, ...).
 
@@ -157,22 +149,82 @@ def create_student(
         `StudentEncoder`: float32 (B, 3, S, S) normalised → float32 (B, embed_dim, S/16, S/16).
 
     Raises:
-        InputError: unknown name, an image size that does not fit, an override that the backbone does not know, or
-            pretrained weights that cannot be had.
+        InputError: unknown name, a backbone that the neck does not fit, sizes that do not divide, an override that the
+            backbone does not know, or pretrained weights that cannot be had.
     """
-    return build_encoder(StudentConfig(name, image_size, embed_dim, overrides, downsample), pretrained)
+    config = StudentConfig(
+        name, image_size, embed_dim, overrides, downsample, neck, neck_depth, neck_expand, input_size
+    )
+    return build_encoder(config, pretrained)
 
 
 def build_encoder(config: StudentConfig, pretrained: bool | str | Path = False) -> StudentEncoder:
     """`create_student` from a stored config."""
-    known = list_students()
-    if config.name not in known:
-        raise InputError(f"unknown student {config.name!r}; known: {', '.join(known)}")
-    if config.image_size % 64 or config.image_size <= 0:
-        raise InputError(f"image_size {config.image_size} of student {config.name!r} is not a multiple of 64")
-    if config.downsample not in DOWNSAMPLES:
-        raise InputError(f"unknown downsample {config.downsample!r}; known: {', '.join(DOWNSAMPLES)}")
-    return StudentEncoder(_backbone(config, pretrained), config)
+    if config.input_size == config.image_size:
+        config = replace(config, input_size=None)
+    _check_numbers(config)
+    backbone: Any = build_backbone(config.name, config.overrides, 3 if config.neck == "pyramid" else 2, pretrained)
+    if config.neck == "pyramid":
+        _check_pyramid(backbone, config)
+        return StudentEncoder(backbone, config)
+    if strides(backbone)[-2:] != [STRIDE, 2 * STRIDE]:
+        raise InputError(f"student {config.name!r} {_stages(backbone)}; neck=sam needs the last two at 16 and 32 px")
+    if config.downsample == "stride1":
+        _give_stride1(backbone, config.name)
+    elif isinstance(backbone, RepVit):
+        # The last block at stride 16, which timm counts among the next stage, is what EdgeSAM fuses.
+        before, last = backbone.stages[-2:]
+        before.blocks.append(last.downsample.pre_block)
+        last.downsample.pre_block = nn.Identity()
+    return StudentEncoder(backbone, config)
+
+
+def _check_numbers(config: StudentConfig) -> None:
+    name, size, side = config.name, config.image_size, config.side
+    if not is_known(name):
+        raise InputError(f"unknown student {name!r}; known: {', '.join(list_students())}, and timm's other models")
+    for value, key, known in ((config.downsample, "downsample", DOWNSAMPLES), (config.neck, "neck", NECKS)):
+        if value not in known:
+            raise InputError(f"unknown {key} {value!r}; known: {', '.join(known)}")
+    if size % 64 or size <= 0:
+        raise InputError(f"image_size {size} of student {name!r} is not a multiple of 64")
+    if side <= 0 or size % side or side % 32:
+        raise InputError(
+            f"input_size {side} of student {name!r} does not divide image_size {size}, or is no multiple of 32"
+        )
+    if config.neck == "sam" and side != size:
+        raise InputError(f"input_size {side} of student {name!r} goes with neck=pyramid; neck=sam needs all {size} px")
+    if config.neck == "pyramid" and config.downsample != "stride1":
+        raise InputError(f"downsample={config.downsample} of student {name!r} goes with neck=sam, not pyramid")
+    if config.neck_depth < 0 or config.neck_expand < 1:
+        raise InputError(f"neck_depth {config.neck_depth}, neck_expand {config.neck_expand}: at least 0 and 1")
+
+
+def _check_pyramid(backbone: nn.Module, config: StudentConfig) -> None:
+    last = strides(backbone)[-3:]
+    if last not in PYRAMIDS:
+        raise InputError(
+            f"student {config.name!r} {_stages(backbone)}; neck=pyramid needs the last three at 8, 16, 32 or 16, 32, 64"
+        )
+    if config.side % last[-1]:
+        raise InputError(f"student {config.name!r} has stages at {last} px, which do not divide {config.side} px")
+
+
+def _stages(backbone: nn.Module) -> str:
+    """What can be said of a backbone's stages, in an error."""
+    found = strides(backbone)
+    if len(set(found)) < 2:
+        return "cannot be cut into stages"
+    return f"has stages at {', '.join(map(str, found))} px"
+
+
+def _give_stride1(backbone: Any, name: str) -> None:
+    """Turn the stride of the one convolution with which the last stage begins from 2 to 1, in place."""
+    last = backbone.get_submodule(backbone.feature_info[-1]["module"])
+    found = [m for m in last.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+    if len(found) != 1 or found[0].kernel_size == (2, 2):
+        raise InputError(f"student {name!r} has no last downsampling that could have stride 1; neck=pyramid takes it")
+    found[0].stride = (1, 1)
 
 
 def config_dict(encoder: StudentEncoder) -> dict[str, Any]:
@@ -180,58 +232,8 @@ def config_dict(encoder: StudentEncoder) -> dict[str, Any]:
     return asdict(encoder.config)
 
 
-def _backbone(config: StudentConfig, pretrained: bool | str | Path) -> nn.Module:
-    timm_name = config.name if config.name in timm.list_models() else f"{config.name}_224"
-    downloaded = pretrained is True
-    if downloaded:
-        refuse_without_network(timm_name)
-    try:
-        backbone = timm.create_model(timm_name, pretrained=downloaded, num_classes=0, **_timm_arguments(config))
-    except OSError as error:
-        if not downloaded:
-            raise
-        raise InputError(f"ImageNet weights of {timm_name!r} cannot be had: {first_line(error)}") from error
-    except (TypeError, ValueError, AssertionError, IndexError, RuntimeError) as error:
-        raise InputError(f"student {config.name!r} does not take these overrides: {first_line(error)}") from error
-    if not isinstance(pretrained, bool):
-        load_from_file(backbone, Path(pretrained), timm_name)
-    if backbone.feature_info[-1]["reduction"] != 2 * STRIDE:
-        raise InputError(f"student {config.name!r} needs four stages, not {len(backbone.stages)}")
-    # The classifier is not used; TinyViT's keeps a norm even without classes, which DDP would report as unused.
-    backbone.head = nn.Identity()
-    before, last = backbone.stages[-2:]
-    if config.downsample == "stride1":
-        (downsample,) = (m for m in last.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2))
-        downsample.stride = (1, 1)
-    elif isinstance(backbone, RepVit):
-        # The last block at stride 16, which timm counts among the next stage, is what EdgeSAM fuses.
-        before.blocks.append(last.downsample.pre_block)
-        last.downsample.pre_block = nn.Identity()
-    return backbone
-
-
-def _timm_arguments(config: StudentConfig) -> dict[str, Any]:
-    """Overrides as timm's model takes them; only the model's own numbers, for they may come from a stranger's file."""
-    family = _family(config.name)
-    numbers = {"widths": family.widths, "depths": family.depths}
-    known = set(inspect.signature(family.model).parameters) - NOT_OURS
-    arguments = {}
-    for key, value in config.overrides.items():
-        name = numbers.get(key, key)
-        if name not in known:
-            ours = ", ".join(sorted(known - set(numbers.values()) | set(numbers)))
-            raise InputError(f"student {config.name!r} has no {key!r} to override; it has {ours}")
-        # timm's models take tuples; YAML and JSON give lists.
-        arguments[name] = tuple(value) if isinstance(value, list) else value
-    return arguments
-
-
 def _forget_biases(student: nn.Module, *_: Any) -> None:
     """TinyViT keeps the attention biases that it last looked up; other weights have others."""
     for module in student.modules():
         if hasattr(module, "attention_bias_cache"):
             vars(module)["attention_bias_cache"] = {}
-
-
-def _family(name: str) -> Family:
-    return next(family for start, family in FAMILIES.items() if name.startswith(start))

@@ -1,5 +1,6 @@
 """Where a student's ImageNet weights come from: the hub, if it can be reached, or a file."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import huggingface_hub
@@ -8,8 +9,6 @@ from torch import nn
 
 from students.errors import InputError, first_line
 from students.state_dicts import differences, read_state_dict, shapes_of
-
-CLASSIFIER = "head."
 
 
 def refuse_without_network(timm_name: str) -> None:
@@ -34,14 +33,18 @@ def refuse_without_network(timm_name: str) -> None:
         ) from error
 
 
-def load_from_file(backbone: nn.Module, path: Path, timm_name: str) -> None:
-    """Fill one of timm's backbones; the classifier of the file is left out.
+def load_from_file(backbone: nn.Module, path: Path, name: str, whole: Collection[str]) -> None:
+    """Fill one of timm's backbones; what the file has of its classifier is left out.
+
+    Args:
+        whole: names of all tensors of the model that the backbone was cut from.
 
     Raises:
         InputError: the file cannot be read, or is of another model.
     """
-    state = {name: tensor for name, tensor in read_state_dict(path).items() if not name.startswith(CLASSIFIER)}
-    wanted = {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith(CLASSIFIER)}
+    wanted = backbone.state_dict()
+    cut_off = set(whole) - wanted.keys()
+    state = {key: tensor for key, tensor in read_state_dict(path).items() if key not in cut_off}
     if differing := differences(shapes_of(wanted), shapes_of(state)):
-        raise InputError(f"{path} does not hold timm's weights of {timm_name}: {differing}")
-    backbone.load_state_dict(state, strict=False)
+        raise InputError(f"{path} does not hold timm's weights of {name}: {differing}")
+    backbone.load_state_dict(state)

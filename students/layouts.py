@@ -1,4 +1,5 @@
-"""What published students call their weights: MobileSAM's TinyViT, and the RepViT of RepViT-SAM and EdgeSAM.
+"""What published students call their weights: MobileSAM's TinyViT, the RepViT of RepViT-SAM and EdgeSAM, and
+EfficientViT-SAM's.
 
 timm's models compute what their authors' code computes, under other names. In RepViT's code all blocks stand in one
 list, `features`, downsampling ones among them; what timm calls a downsampling's `pre_block` is the block before it.
@@ -34,14 +35,27 @@ REPVIT = (
     (r"^fuse\.middle\.", "fuse_stage2."),
     (r"^fuse\.last\.", "fuse_stage3.op_list.0."),
 )
+EFFICIENTVIT = (
+    (r"^backbone\.stem\.in_conv\.", "backbone.stages.0.op_list.0."),
+    (r"^backbone\.stem\.res(\d+)\.", lambda found: f"backbone.stages.0.op_list.{int(found[1]) + 1}."),
+    (
+        r"^backbone\.stages\.(\d+)\.blocks\.(\d+)\.",
+        lambda found: f"backbone.stages.{int(found[1]) + 1}.op_list.{found[2]}.",
+    ),
+    (r"^neck\.inputs\.(\d+)\.", lambda found: f"neck.input_ops.{2 - int(found[1])}.op_list.0."),  # coarsest first
+    (r"^neck\.blocks\.", "neck.middle.op_list."),
+    (r"^neck\.out\.", "neck.output_ops.0.op_list.0.conv."),
+    (r"^neck\.norm\.", "norm."),
+)
 IMAGENET_CLASSES = 1000
 
 
 def published_names(student: StudentEncoder) -> dict[str, str]:
     """Our name of every tensor in a student's state dict → its name in the published layout of its family."""
     stages: Any = student.backbone.get_submodule("stages")
-    if student.config.name.startswith("tiny_vit"):
-        return {ours: PREFIX + _renamed(ours, TINY_VIT) for ours in student.state_dict()}
+    for family, renamings in (("tiny_vit", TINY_VIT), ("efficientvit", EFFICIENTVIT)):
+        if student.config.name.startswith(family):
+            return {ours: PREFIX + _renamed(ours, renamings) for ours in student.state_dict()}
     starts = [1]
     for stage, after in pairwise(stages):
         before_downsampling = not isinstance(after.downsample.pre_block, nn.Identity)

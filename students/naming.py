@@ -11,9 +11,13 @@ from students.hugging_face import VISION_PREFIX, from_hugging_face
 from students.layouts import PREFIX
 from students.state_dicts import name_some
 
-NECKS = {"neck.0.weight": PREFIX, "neck.conv1.weight": VISION_PREFIX}
-"""The neck's first weight in segment-anything's and the published layouts, and in transformers'; and what stands before
-it in a whole SAM."""
+NECKS = {
+    "neck.0.weight": PREFIX,
+    "neck.input_ops.0.op_list.0.conv.weight": PREFIX,
+    "neck.conv1.weight": VISION_PREFIX,
+}
+"""The neck's first weight in segment-anything's and most published layouts, in EfficientViT-SAM's, and in
+transformers'; and what stands before it in a whole SAM."""
 
 STATISTICS = ("pixel_mean", "pixel_std")
 """What images are normalised by; segment-anything does not save them, some training code does."""

@@ -1,38 +1,58 @@
-"""`python -m students.table`: what every student is, in parameters and multiply-accumulates, for docs/students.md."""
+"""`python -m students.table`: what students are, in parameters and multiply-accumulates, for docs/students.md."""
 
 import torch
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import nn
 
-from students.architectures import PUBLISHED, VITS, architecture_name, every_student
-from students.encoder import build_encoder
+from students.architectures import PUBLISHED, VITS, architecture_name, other_sizes
+from students.backbones import list_students
+from students.encoder import StudentConfig, build_encoder
 from students.macs import count_macs
 from students.sam import untrained_sam
 
 SIDE = 1024
 
 
+EXPORTED = {
+    "efficientvit_b1", "efficientvit_l1", "efficientvit_xl0", "fastvit_t8", "fastvit_sa12", "mobilenetv4_conv_small",
+    "mobilenetv4_hybrid_medium", "convnext_atto", "convnextv2_atto", "ghostnetv3_100", "repvit_m0_9", "tiny_vit_5m",
+}  # fmt: skip
+"""Whose pyramids are tested through all exports (tests/distill/export/test_pyramids.py)."""
+
+
 def students_table() -> str:
-    """Markdown: a line for each student and way of downsampling, for SAM's own encoders, and for the decoder."""
+    """Markdown: a line for each student and way to the embedding, for SAM's own encoders, and for the decoder."""
     lines = [
-        "| encoder | downsample | parameters | fused | GMACs fused | embedding | published as |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| encoder | neck | pixels | parameters | fused | GMACs fused | embedding | published as | exports tested |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     with torch.device("meta"), torch.no_grad():
-        for config in every_student():
+        for config in [*other_sizes(), *pyramids()]:
             student = build_encoder(config)
             fused = student.fused().requires_grad_(False)
             published = architecture_name(config)
-            known = published if published in PUBLISHED else ""
-            lines.append(_line(f"{config.name} | {config.downsample}", student, fused, known))
+            neck = config.neck if config.neck == "pyramid" else config.downsample
+            tested = config.neck == "sam" or config.name in EXPORTED
+            known = f"{published if published in PUBLISHED else ''} | {'yes' if tested else ''}"
+            lines.append(_line(f"{config.name} | {neck} | {config.side}", student, fused, known))
         for name in VITS:
             encoder = sam_model_registry[name]().image_encoder.requires_grad_(False)
-            lines.append(_line(f"{name} |", encoder, encoder, f"SAM {name[-1].upper()}"))
+            lines.append(_line(f"{name} | | {SIDE}", encoder, encoder, f"SAM {name[-1].upper()} |"))
     decoder = untrained_sam(nn.Identity()).requires_grad_(False)
     macs = count_macs(lambda: _one_point(decoder)) / 1e9
-    lines.append(f"| prompt encoder, mask decoder | | {_millions(decoder)} | | {macs:.1f} | for one point | all |")
+    lines.append(
+        f"| prompt encoder, mask decoder | | | {_millions(decoder)} | | {macs:.1f} | for one point | all | yes |"
+    )
     return "\n".join(lines)
+
+
+def pyramids() -> list[StudentConfig]:
+    """Every listed backbone under a pyramid, at half the side, or at all of it where its stages lie at 16, 32 and 64
+    px; the published ones as they are."""
+    published = {config.name: config for config in PUBLISHED.values() if config.neck == "pyramid"}
+    names = [name for name in list_students() if not name.endswith(("_224", "_384", "_512"))]
+    return [published.get(name) or StudentConfig(name, neck="pyramid", input_size=SIDE // 2) for name in names]
 
 
 def _line(name: str, encoder: nn.Module, fused: nn.Module, published: str) -> str:

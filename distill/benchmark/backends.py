@@ -219,7 +219,7 @@ def prepare_coreml(contender: Contender, folder: Path) -> None:
     """Encoder and decoder as the export stage makes them; not compared with PyTorch."""
     encoder, sam = build(contender)
     origin = Origin(contender.source, "none", None)
-    model = convert_encoder(RgbEncoder(encoder).eval())
+    model = convert_encoder(RgbEncoder(encoder, eight_bit=True).eval())
     origin.write_to(model, "for measuring")
     model.save(str(folder / "Encoder.mlpackage"))
     if sam is not None:

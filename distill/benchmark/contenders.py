@@ -1,7 +1,7 @@
 """What can be compared: students and SAM's own encoders by name, checkpoints, and exported files."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ from distill.export.files import digest as file_digest
 from distill.export.files import size as file_size
 from embeddings_cache.system import read_json, sha256
 from students import (
-    PUBLISHED,
     VITS,
     InputError,
     StudentConfig,
     StudentEncoder,
     build_encoder,
+    config_by_name,
     count_macs,
     inspect_checkpoint,
     is_our_student,
@@ -40,7 +40,7 @@ VIT_SIZE = 1024
 
 GROUPS: dict[str, Callable[[], list[str]]] = {
     "recipes": lambda: ["repvit_m0_9", "repvit_m1_1", "repvit_m2_3", "tiny_vit_5m"],
-    "students": lambda: [name for name in list_students() if not name.endswith("_224")],
+    "students": lambda: [name for name in known_architectures() if name not in VITS and not name.endswith("-fuse")],
     "sam": lambda: list(VITS),
 }
 """Names for several at once."""
@@ -96,18 +96,15 @@ def _check_name(name: str, image_size: int) -> None:
         if image_size != VIT_SIZE:
             raise InputError(f"{name} takes images of {VIT_SIZE} px only, not image_size={image_size}")
         return
-    if student_config(name, image_size).name not in list_students():
+    try:
+        config = config_by_name(name, image_size)
+    except InputError as error:
         known = [*GROUPS, *known_architectures(), *list_students()]
-        raise InputError(f"contender {name!r} is neither known nor a file{nearest(name, known)}")
+        raise InputError(f"contender {name!r} is neither known nor a file{nearest(name, known)}") from error
     if image_size % 64 or image_size < 64:
         raise InputError(f"image_size={image_size} is not a multiple of 64")
-
-
-def student_config(name: str, image_size: int) -> StudentConfig:
-    """The student that goes by a name of its own, its publisher's, or one that ends in `-fuse`."""
-    way = "fuse" if name.endswith("-fuse") else "stride1"
-    config = PUBLISHED.get(name) or StudentConfig(name.removesuffix("-fuse"), downsample=way)
-    return replace(config, image_size=image_size)
+    with torch.device("meta"):
+        build_encoder(config)  # which may refuse it
 
 
 def build(contender: Contender) -> tuple[nn.Module, Sam | None]:
@@ -120,7 +117,7 @@ def build(contender: Contender) -> tuple[nn.Module, Sam | None]:
         torch.manual_seed(0)
         name = contender.source
         vit = name in VITS
-        encoder: Any = vit_encoder(name, VIT_SIZE) if vit else build_encoder(student_config(name, contender.image_size))
+        encoder: Any = vit_encoder(name, VIT_SIZE) if vit else build_encoder(config_by_name(name, contender.image_size))
         return encoder.eval(), untrained_sam(encoder, int(encoder.img_size)).eval()
     if is_our_student(path):
         student = load_student(path)
@@ -170,7 +167,7 @@ def _config(contender: Contender) -> StudentConfig | tuple[str, int]:
     if path is not None:
         found = inspect_checkpoint(path)
         name, size = found.name, found.image_size
-    return (name, size) if name in VITS else student_config(name, size)
+    return (name, size) if name in VITS else config_by_name(name, size)
 
 
 def _onnx_facts(contender: Contender) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from distill.training.plan import Plan
 from distill.training.rows import Group
 from embeddings_cache.shards import EmbeddingsCache
 from embeddings_cache.system import bar
-from students import InputError, build_encoder, list_students
+from students import InputError, build_encoder, is_known, list_students
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PAPER_IMAGES, PAPER_EPOCHS = 112_000, 8
@@ -38,6 +38,8 @@ KEPT, ENDLESS = 2, 1_000_000
 class TrainBenchmark:
     name: str = "repvit_m0_9"  # the student
     downsample: str = "stride1"  # stride1 or fuse
+    neck: str = "sam"  # sam or pyramid
+    input_size: int | None = None  # side at which the backbone works, as student.input_size
     overrides: dict[str, Any] = field(default_factory=dict)  # its widths, depths, ..., as student.overrides
     image_size: int = 1024  # side of the square input in pixels
     batch_size: int = 2  # images a step
@@ -72,9 +74,10 @@ def benchmark_train(settings: TrainBenchmark) -> dict[str, Any]:
         InputError: a setting that makes no sense.
     """
     precisions = settings.precisions.split(",")
-    for key, values, known in (("name", [settings.name], list_students()), ("precisions", precisions, PRECISIONS)):
-        if unknown := [value for value in values if value not in known]:
-            raise InputError(f"{key}={unknown[0]} is not known{nearest(unknown[0], known)}")
+    if unknown := [value for value in precisions if value not in PRECISIONS]:
+        raise InputError(f"precisions={unknown[0]} is not known{nearest(unknown[0], PRECISIONS)}")
+    if not is_known(settings.name):
+        raise InputError(f"name={settings.name} is not known{nearest(settings.name, list_students())}")
     if settings.image_size % 64 or settings.rows < settings.batch_size:
         raise InputError("image_size is a multiple of 64, and rows are at least batch_size")
     build_encoder(student_config(made_up_recipe(settings)))  # before a cache is made: it may refuse the overrides
@@ -217,7 +220,13 @@ def made_up_recipe(settings: TrainBenchmark) -> Recipe:
     """The recipe that would train this student."""
     return Recipe(
         image_size=settings.image_size,
-        student=StudentRecipe(settings.name, settings.downsample, overrides=dict(settings.overrides)),
+        student=StudentRecipe(
+            settings.name,
+            settings.input_size,
+            settings.neck,
+            downsample=settings.downsample,
+            overrides=dict(settings.overrides),
+        ),
         cache=CacheRecipe(dir=""),
         train=TrainRecipe(batch_size=settings.batch_size, workers=settings.workers),
     )

@@ -11,7 +11,7 @@ import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam
 from torch import nn
 
-from distill.export.encoder import for_runtimes
+from distill.export.substitutes import for_runtimes
 
 MASKS = 4
 """Masks that the decoder makes of a prompt: the one for clear prompts, and three for ambiguous ones."""

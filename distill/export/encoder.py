@@ -7,87 +7,53 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from segment_anything.modeling.common import LayerNorm2d
 from torch import nn
-from torch.nn.functional import conv2d, layer_norm, pad, pixel_shuffle
 
 from distill.evaluate.masks import make_prompts
 from distill.export.proof import PROMPTS
+from distill.export.substitutes import for_runtimes
 from distill.recipe import Recipe
-from embeddings_cache.images import PIXEL_MEAN, generate_scene, normalize, resize_longest_side, sa1b_annotation
+from embeddings_cache.images import (
+    PIXEL_MEAN,
+    PIXEL_STD,
+    generate_scene,
+    normalize,
+    resize_longest_side,
+    sa1b_annotation,
+)
 from embeddings_cache.shards import CacheRow, EmbeddingsCache, encode_pixels, is_complete, read_info
 from students import InputError, StudentEncoder
 
 CALIBRATION_SEED = 1
 """Of scenes to calibrate on, so that they are not those to compare on."""
 
+NEAR_THE_MEAN = 0.6 / min(PIXEL_STD)
+"""After normalisation: what rounding to whole numbers, and to float16, leaves of the mean."""
+
 
 class RgbEncoder(nn.Module):
     """An encoder with the normalisation inside: RGB 0–255 float32 (B, 3, S, S) → embedding (B, C, S/16, S/16).
 
     Padding has to be the mean colour, which normalises to 0. A student's branches are fused.
+
+    Args:
+        encoder: normalised images → embeddings; `img_size` is S.
+        eight_bit: pixels are whole numbers, as is the padding's colour. What is that near to the mean becomes 0 too:
+            an encoder that normalises its first layer, as ConvNeXt does, would see the padding otherwise.
     """
 
-    def __init__(self, encoder: nn.Module) -> None:
+    def __init__(self, encoder: nn.Module, eight_bit: bool = False) -> None:
         super().__init__()
         fused = encoder.fused() if isinstance(encoder, StudentEncoder) else deepcopy(encoder)
         self.encoder = for_runtimes(fused)
         self.image_size = int(encoder.img_size)  # type: ignore[arg-type]
+        self.eight_bit = eight_bit
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.encoder(normalize(image))
-
-
-class ChannelNorm(nn.Module):
-    """segment-anything's `LayerNorm2d`, (B, C, h, w) → (B, C, h, w), by PyTorch's layer norm.
-
-    Spelled out as a mean of squares it overflows in float16 where an activation is beyond 255; the operator computes
-    its statistics in float32.
-    """
-
-    def __init__(self, norm: LayerNorm2d) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        last = x.permute(0, 2, 3, 1)
-        return layer_norm(last, self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
-
-
-class BicubicDoubling(nn.Module):
-    """PyTorch's bicubic interpolation by a factor of 2 as a convolution, which every runtime has.
-
-    Output pixels lie a quarter of a pixel left and right of an input pixel, so that there are two sets of weights along
-    each axis: Keys' cubic convolution with a = −0.75 ("Cubic convolution interpolation for digital image processing",
-    1981), over the four pixels around; the border is repeated.
-    """
-
-    kernels: torch.Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        before = torch.tensor([*_cubic(0.75), 0.0], dtype=torch.float64)
-        after = before.flip(0)
-        kernels = [torch.outer(y, x) for y in (before, after) for x in (before, after)]
-        self.register_buffer("kernels", torch.stack(kernels)[:, None].float())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, h, w) → (B, C, 2h, 2w)."""
-        channels = x.shape[1]
-        phases = conv2d(pad(x, (2, 2, 2, 2), mode="replicate"), self.kernels.repeat(channels, 1, 1, 1), groups=channels)
-        return pixel_shuffle(phases, 2)
-
-
-def for_runtimes(module: nn.Module) -> nn.Module:
-    """Replace, in place, what other runtimes lack or compute less well by what comes to the same."""
-    for name, child in module.named_children():
-        if isinstance(child, LayerNorm2d):
-            setattr(module, name, ChannelNorm(child))
-        elif isinstance(child, nn.Upsample) and (child.mode, child.scale_factor) == ("bicubic", 2.0):
-            setattr(module, name, BicubicDoubling())
-        else:
-            for_runtimes(child)
-    return module
+        normalized = normalize(image)
+        if self.eight_bit:
+            normalized = normalized * (normalized.abs() > NEAR_THE_MEAN)
+        return self.encoder(normalized)
 
 
 def pad_with_mean_colour(pixels: np.ndarray, size: int) -> np.ndarray:
@@ -148,15 +114,3 @@ def _scene_row(size: int, seed: int) -> CacheRow:
     sizes = (scene.shape[0], scene.shape[1]), (pixels.shape[0], pixels.shape[1])
     annotation = json.dumps(sa1b_annotation(seed, scene, masks))
     return CacheRow(f"scene-{seed}", np.empty(0), encode_pixels(pixels, "png"), *sizes, annotation)
-
-
-def _cubic(t: float, a: float = -0.75) -> list[float]:
-    """Weights of the four pixels around a place that lies t behind the second."""
-
-    def near(x: float) -> float:
-        return (a + 2) * x**3 - (a + 3) * x**2 + 1
-
-    def far(x: float) -> float:
-        return a * (x**3 - 5 * x**2 + 8 * x - 4)
-
-    return [far(1 + t), near(t), near(1 - t), far(2 - t)]

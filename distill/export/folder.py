@@ -35,6 +35,7 @@ from distill.export.subject import Subject, is_untrained, load_subject, wanted_f
 from distill.recipe import Recipe
 from distill.run import as_stored, chosen_student, is_current
 from distill.schema import FORMATS
+from embeddings_cache.images import resize_longest_side
 from embeddings_cache.shards import read_info
 from embeddings_cache.system import TEMPORARY, installed_versions, read_json, sha256, write_json
 from students import InputError, first_line, weight_files
@@ -106,6 +107,8 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
         "student": {
             "name": subject.name,
             "image_size": subject.image_size,
+            "input_size": reference.image_size,
+            **native_masks(subject, reference),
             "embed_dim": reference.channels,
             "parameters": sum(parameter.numel() for parameter in subject.encoder.parameters()),
         },
@@ -122,6 +125,15 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
     write_json(directory / "manifest.json", manifest)
     if failures:
         raise ParityError("; ".join(failures))
+
+
+def native_masks(subject: Subject, reference: Reference) -> dict[str, Any]:
+    """Of encoders that take fewer pixels than `image_size`: the mean IoU of their masks with those of the encoder that
+    reduces the whole image itself, as it does in training. Resized once or twice, a picture is not quite the same."""
+    if reference.image_size == subject.image_size:
+        return {}
+    whole = Reference(subject.whole, subject.sam, reference.rows, reference.images_from)
+    return {"mask_miou_with_whole_images": reference.agreement(whole)}
 
 
 def make_files(functions: dict[Path, Make], say: Callable[[str], None]) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -165,7 +177,7 @@ def _but_for_formats(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Reference) -> dict[str, Make]:
     """The function that makes each file; what several are made of is made once."""
-    encoder = RgbEncoder(subject.encoder).eval()
+    encoder, size = RgbEncoder(subject.encoder).eval(), subject.image_size
     origin = Origin(subject.name, subject.teacher, subject.recipe)
     onnx = cache(lambda: encoder_model(encoder, recipe.export.dynamic_batch))
     low_res = cache(low_res_model)
@@ -177,7 +189,8 @@ def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Ref
         return export_onnx_decoder(decoder_model(low_res(subject.sam, single), crop), reference, path)
 
     def int8(path: Path) -> dict[str, Any]:
-        return export_int8_encoder(onnx(), reference, path, calibration_pictures(recipe, encoder.image_size))
+        pictures = [resize_longest_side(each, encoder.image_size) for each in calibration_pictures(recipe, size)]
+        return export_int8_encoder(onnx(), reference, path, pictures)
 
     return {
         "encoder.onnx": lambda path: export_onnx_encoder(onnx(), reference, path),

@@ -16,7 +16,7 @@ from torch import nn
 
 from distill.evaluate.masks import make_prompts, mask_iou, predict_masks
 from distill.schema import EvaluateRecipe
-from embeddings_cache.images import pad_pixels, to_encoder_input
+from embeddings_cache.images import pad_pixels, resize_longest_side, to_encoder_input
 from embeddings_cache.shards import CacheRow
 from students import CheckFailed, InputError
 
@@ -51,7 +51,7 @@ class Reference:
     Args:
         encoder: normalised (1, 3, S, S) → (1, C, S/16, S/16), with an attribute `img_size`; on the CPU, in eval mode.
         decoder: whose prompt encoder and mask decoder make the masks; None where there is none.
-        rows: the images, at least one, with annotations that can be decoded.
+        rows: the images, at least one, with annotations that can be decoded; resized to what the encoder takes.
         images_from: where they come from, for the manifest.
 
     Raises:
@@ -63,7 +63,8 @@ class Reference:
     ) -> None:
         self.decoder, self.rows, self.images_from = decoder, rows, images_from
         self.image_size = int(encoder.img_size)  # type: ignore[arg-type]
-        self.embeddings = [_embed(encoder, row) for row in rows]
+        self.pictures = [resize_longest_side(row.pixels(), self.image_size) for row in rows]
+        self.embeddings = [_embed(encoder, *pair) for pair in zip(rows, self.pictures, strict=True)]
         self.channels = self.embeddings[0].shape[1]
         self.masks = [list(self._decode(*pair)) for pair in zip(rows, self.embeddings, strict=True)]
 
@@ -74,8 +75,9 @@ class Reference:
         Of `masks`, `empty_masks` are empty in PyTorch, where equal emptiness counts as 1 and proves little.
         """
         differences, errors, ious = [], [], []
-        for row, expected, masks in zip(self.rows, self.embeddings, self.masks, strict=True):
-            embedding = encode(row.pixels())
+        every = zip(self.rows, self.pictures, self.embeddings, self.masks, strict=True)
+        for row, picture, expected, masks in every:
+            embedding = encode(picture)
             if embedding.shape != expected.shape:
                 raise ParityError(f"makes {embedding.shape}, PyTorch {expected.shape}")
             apart = embedding - expected
@@ -92,10 +94,16 @@ class Reference:
             "mask_miou": fmean(ious) if ious else None,
         }
 
+    def agreement(self, other: "Reference") -> float | None:
+        """Mean IoU of the masks with those of another encoder's, of the same images; None where there are none."""
+        pairs = zip(self.masks, other.masks, strict=True)
+        ious = [mask_iou(*pair) for ours, theirs in pairs for pair in zip(ours, theirs, strict=True)]
+        return fmean(ious) if ious else None
+
     def relative_error(self, encode: Encode) -> float:
         """The relative error of the first image's embedding, without any masks."""
         expected = self.embeddings[0]
-        return float(np.linalg.norm(encode(self.rows[0].pixels()) - expected) / np.linalg.norm(expected))
+        return float(np.linalg.norm(encode(self.pictures[0]) - expected) / np.linalg.norm(expected))
 
     def _decode(self, row: CacheRow, embedding: np.ndarray) -> Iterator[np.ndarray]:
         """Boolean (H, W) for each point of the image's prompts, then for each box."""
@@ -134,8 +142,7 @@ _WORDS = {
 
 
 @torch.no_grad()
-def _embed(encoder: nn.Module, row: CacheRow) -> np.ndarray:
-    pixels = row.pixels()
+def _embed(encoder: nn.Module, row: CacheRow, pixels: np.ndarray) -> np.ndarray:
     padded = pad_pixels(pixels, int(encoder.img_size))[None]  # type: ignore[arg-type]
     image = to_encoder_input(padded, torch.tensor([pixels.shape[:2]])).contiguous(memory_format=torch.channels_last)
     embedding = encoder(image).float().contiguous().numpy()

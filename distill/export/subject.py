@@ -29,8 +29,9 @@ NEED_MASKS = ("onnx_int8", "onnx_decoder", "cvat", "coreml", "coreml_8bit", "cor
 
 @dataclass(frozen=True)
 class Subject:
-    """An encoder in eval mode on the CPU, and a `Sam` around it with the decoder; None where there is no decoder.
+    """An encoder in eval mode on the CPU, and a `Sam` with the decoder; None where there is no decoder.
 
+    `encoder` is what the files hold; with `export.input=native` it takes fewer pixels than `whole`, which reduces them.
     `teacher` is whose decoder that is, or would be; `recipe` trained the student, None for a checkpoint from elsewhere;
     `note` is a line for whoever uses the files.
     """
@@ -39,13 +40,14 @@ class Subject:
     teacher: str
     recipe: str | None
     encoder: nn.Module
+    whole: nn.Module
     sam: Sam | None
     note: str | None
 
     @property
     def image_size(self) -> int:
-        """Side of the square input in pixels."""
-        return int(self.encoder.img_size)  # type: ignore[arg-type]
+        """Side of the square image in whose pixels prompts are given."""
+        return int(self.whole.img_size)  # type: ignore[arg-type]
 
 
 def wanted_formats(recipe: Recipe) -> list[str]:
@@ -92,14 +94,22 @@ def load_subject(recipe: Recipe) -> Subject:
     if not is_our_student(path):
         sam = load_checkpoint(path)
         name, has_decoder = identify(path)
-        return Subject(name, name, None, sam.image_encoder, sam if has_decoder else None, left_out(sam))
+        whole = sam.image_encoder
+        return Subject(name, name, None, _as_asked(whole, recipe), whole, sam if has_decoder else None, left_out(sam))
     student = load_student(path)
     if is_untrained(path):
         raise InputError(f"{path} was not trained: it holds the weights that training starts from")
     sam, note = _with_decoder(student, path, recipe) if _has_teacher(recipe) else (None, None)
     if sam is None:
         note = "there is no mask decoder: embeddings alone are compared"
-    return Subject(student.config.name, recipe.teacher.name, recipe.name, student, sam, note)
+    encoder = _as_asked(student, recipe)
+    return Subject(student.config.name, recipe.teacher.name, recipe.name, encoder, student, sam, note)
+
+
+def _as_asked(encoder: nn.Module, recipe: Recipe) -> nn.Module:
+    """An encoder that takes what `export.input` says."""
+    native = recipe.export.input == "native" and isinstance(encoder, StudentEncoder)
+    return encoder.native() if native else encoder  # type: ignore[operator]
 
 
 def _with_decoder(student: StudentEncoder, path: Path, recipe: Recipe) -> tuple[Sam | None, str | None]:

@@ -156,7 +156,7 @@ class TeacherEncoder:
 
 def encode_with_student(encoder: StudentEncoder, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`encode_image` for a teacher that is a student's encoder: its neck stays in float32."""
-    return encoder.neck(encoder.features(pixels.to(dtype)).float())
+    return encoder.neck(*(stage.float() for stage in encoder.features(pixels.to(dtype))))
 
 
 def resolve_dtype(name: str, device: torch.device) -> str:

@@ -20,15 +20,11 @@ def read_peer(name: str) -> dict[str, Any]:
     return json.loads((PEERS / f"{name}.json").read_text())
 
 
-def weights_by_rule(layout: Mapping[str, list[int]], seed: int, tame: bool = False) -> dict[str, torch.Tensor]:
-    """The weights that those outputs were made with.
-
-    Args:
-        tame: smaller residual branches, so that a deep network does not grow beyond float32.
-    """
+def weights_by_rule(peer: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The weights that those outputs were made with."""
     weights = {}
-    for name, shape in layout.items():
-        digest = sha256(f"{seed}:{name}".encode()).digest()
+    for name, shape in peer["layout"].items():
+        digest = sha256(f"{peer['seed']}:{name}".encode()).digest()
         drawn = np.random.RandomState(int.from_bytes(digest[:4], "little")).standard_normal(shape)
         if name.endswith("num_batches_tracked"):
             weights[name] = torch.zeros(shape, dtype=torch.int64)
@@ -39,12 +35,8 @@ def weights_by_rule(layout: Mapping[str, list[int]], seed: int, tame: bool = Fal
             drawn = 0.1 * drawn
         elif len(shape) <= 1:
             drawn = 1 + 0.1 * drawn
-            if tame and name.endswith("channel_mixer.m.2.bn.weight"):
-                drawn = 0.1 * drawn
         else:
-            drawn = drawn * np.sqrt(1 / np.prod(shape[1:]))
-            if tame and ".token_mixer.0.conv1." in name:
-                drawn = 0.1 * drawn
+            drawn = drawn * np.sqrt(peer.get("gain", 1) / np.prod(shape[1:]))
         weights[name] = torch.from_numpy(np.asarray(drawn, dtype=np.float32))
     return weights
 

@@ -27,7 +27,13 @@ from students.sam import untrained_sam
 
 NUMBERS = {"widths": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 MORE = "is not a checkpoint, or holds more than tensors: not loaded"
-STUDENTS = {"mobile_sam": "tiny_vit_5m", "repvit_sam": "repvit_m2_3", "edge_sam": "repvit_m1"}
+STUDENTS = {
+    "mobile_sam": "tiny_vit_5m", "repvit_sam": "repvit_m2_3", "edge_sam": "repvit_m1",
+    "efficientvit_sam_l0": "efficientvit_l0", "efficientvit_sam_l1": "efficientvit_l1",
+    "efficientvit_sam_xl0": "efficientvit_xl0",
+}  # fmt: skip
+SLOW = ("repvit_sam", "efficientvit_sam_l1", "efficientvit_sam_xl0")
+PEERS = [pytest.param(peer, marks=pytest.mark.slow if peer in SLOW else ()) for peer in STUDENTS]
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +42,19 @@ def decoder() -> dict[str, torch.Tensor]:
     return untrained_sam(torch.nn.Identity()).state_dict()
 
 
-@pytest.mark.parametrize("peer", ["mobile_sam", pytest.param("repvit_sam", marks=pytest.mark.slow), "edge_sam"])
+@pytest.mark.parametrize("peer", PEERS)
 @torch.no_grad()
 def test_outputs_are_the_publishers_own(peer: str, decoder: dict[str, torch.Tensor], tmp_path: Path) -> None:
     expected = read_peer(peer)
-    torch.save({**weights_by_rule(expected["layout"], expected["seed"]), **decoder}, tmp_path / "peer.pt")
+    torch.save({**weights_by_rule(expected), **decoder}, tmp_path / "peer.pt")
     assert architecture_of(tmp_path / "peer.pt") == peer
     sam = load_checkpoint(tmp_path / "peer.pt")
     assert sam.image_encoder.config.name == STUDENTS[peer]
     assert all(torch.equal(tensor, decoder[name]) for name, tensor in sam.state_dict().items() if name in decoder)
     image, values = image_by_rule(expected), torch.tensor(expected["sample_value"])
-    for encoder in (sam.image_encoder, sam.image_encoder.fused()):
+    native = sam.image_encoder.native()
+    assert native.img_size == image.shape[-1]
+    for encoder in (native, native.fused()):
         found = encoder(image)
         assert list(found.shape) == expected["output_shape"]
         torch.testing.assert_close(found.flatten()[expected["sample_index"]], values, atol=2e-4, rtol=0)
@@ -54,11 +62,26 @@ def test_outputs_are_the_publishers_own(peer: str, decoder: dict[str, torch.Tens
         assert found.std().item() == pytest.approx(expected["output_std"], abs=1e-4)
 
 
+@pytest.mark.parametrize("peer", ["efficientvit_sam_l0", pytest.param("efficientvit_sam_l1", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_efficientvits_samples_are_met_to_rounding_with_their_epsilon(peer: str, tmp_path: Path) -> None:
+    """They were computed with batch norms' usual epsilon; the publishers' loader sets 1e-6, as the weights need it."""
+    expected = read_peer(peer)
+    torch.save(weights_by_rule(expected), tmp_path / "peer.pt")
+    encoder = load_checkpoint(tmp_path / "peer.pt").image_encoder.native()
+    norms = [module for module in encoder.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert {norm.eps for norm in norms} == {1e-6}
+    for norm in norms:
+        norm.eps = 1e-5
+    found = encoder(image_by_rule(expected)).flatten()[expected["sample_index"]]
+    torch.testing.assert_close(found, torch.tensor(expected["sample_value"]), atol=1e-5, rtol=0)
+
+
 @pytest.mark.slow
 def test_segment_anythings_own_classes_take_it(decoder: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """EdgeSAM's layout in the predictor, with every kind of prompt, and in the mask generator with crops."""
     peer = read_peer("edge_sam")
-    torch.save({**weights_by_rule(peer["layout"], peer["seed"]), **decoder}, tmp_path / "edge_sam.pth")
+    torch.save({**weights_by_rule(peer), **decoder}, tmp_path / "edge_sam.pth")
     sam = load_checkpoint(str(tmp_path / "edge_sam.pth"))
     image = generate_scene(np.random.default_rng(5), 200)[0]
     predictor = SamPredictor(sam)
@@ -78,9 +101,9 @@ def test_segment_anythings_own_classes_take_it(decoder: dict[str, torch.Tensor],
 
 @torch.no_grad()
 def test_repvit_sam_is_the_papers(tmp_path: Path) -> None:
-    """By weights that let the image through: under the rule above RepViT-M2.3 grows to 10²², and the image is lost."""
+    """And not only the publishers': a second reading, in float64."""
     peer = read_peer("repvit_sam")
-    weights = weights_by_rule(peer["layout"], peer["seed"], tame=True)
+    weights = weights_by_rule(peer)
     torch.save(weights, tmp_path / "repvit_sam.pt")
     encoder = load_checkpoint(tmp_path / "repvit_sam.pt").image_encoder.double()
     image = torch.randn(1, 3, 256, 256, generator=torch.Generator().manual_seed(0)).double()
@@ -91,7 +114,7 @@ def test_repvit_sam_is_the_papers(tmp_path: Path) -> None:
     torch.testing.assert_close(encoder.fused()(image), expected, atol=2e-3, rtol=0)  # folded in float32
 
 
-@pytest.mark.parametrize("peer", ["mobile_sam", pytest.param("repvit_sam", marks=pytest.mark.slow), "edge_sam"])
+@pytest.mark.parametrize("peer", PEERS)
 @torch.no_grad()
 def test_a_student_goes_to_its_publishers_code_and_back(peer: str, tmp_path: Path) -> None:
     torch.manual_seed(1)

@@ -83,7 +83,7 @@ def _make(recipe: Recipe, folder: Path, name: str) -> None:
     else:
         subject = load_subject(recipe)
         if name == ENCODER:
-            model = convert_encoder(RgbEncoder(subject.encoder).eval())
+            model = convert_encoder(RgbEncoder(subject.encoder, eight_bit=True).eval())
         else:
             assert subject.sam is not None
             model = convert_decoder(PromptDecoder(subject.sam).eval(), subject.sam)

@@ -80,6 +80,7 @@ def _convert(
     ct = require_coremltools()
     with _silent(), torch.no_grad():
         program = torch.export.export(module, example, dynamic_shapes=dynamic_shapes).run_decompositions({})
+        _without_aliases(program.graph_module)
         try:
             return ct.convert(
                 program,
@@ -92,6 +93,15 @@ def _convert(
             )
         except NotImplementedError as error:  # an operator that coremltools does not know
             raise InputError(f"coremltools cannot convert this model: {first_line(error)}") from error
+
+
+def _without_aliases(graph_module: torch.fx.GraphModule) -> None:
+    """Leave out second names of values, which coremltools does not know."""
+    for node in graph_module.graph.nodes:
+        if node.target is torch.ops.aten.alias.default:
+            node.replace_all_uses_with(node.args[0])
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
 
 
 def _without_angles() -> Any:

@@ -80,7 +80,7 @@ def refuse_mixed_batches(name: str, path: Path, reference: Reference) -> None:
     session = open_session(path)
     if isinstance(session.get_inputs()[0].shape[0], int):
         return
-    image = pad_with_mean_colour(reference.rows[0].pixels(), reference.image_size)
+    image = pad_with_mean_colour(reference.pictures[0], reference.image_size)
     images = np.concatenate([image, image[..., ::-1]])
     together = session.run(None, {"image": images})[0]
     singly = np.concatenate([session.run(None, {"image": each[None]})[0] for each in images])

@@ -114,5 +114,15 @@ def select(cond: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 @operation()
+def sigmoid_hard(x: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    return torch.clamp(alpha * x + beta, 0, 1)
+
+
+@operation()
+def thresholded_relu(x: Tensor, alpha: Tensor) -> Tensor:
+    return torch.where(x >= alpha, x, 0)
+
+
+@operation()
 def softmax(x: Tensor, axis: Tensor) -> Tensor:
     return torch.softmax(x, int(axis))

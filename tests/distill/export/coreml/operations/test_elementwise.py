@@ -107,6 +107,18 @@ CASES = [
         {"x": X, "y": X[:, :1] * 2},
         lambda x, y: np.where(x > 0, x, y),
     ),
+    Case(
+        "sigmoid_hard",
+        lambda x: mb.sigmoid_hard(x=x, alpha=0.4, beta=0.3),
+        {"x": X * 3},
+        lambda x: np.clip(0.4 * x + 0.3, 0, 1),
+    ),
+    Case(
+        "thresholded_relu",
+        lambda x: mb.thresholded_relu(x=x, alpha=-0.5),
+        {"x": X},
+        lambda x: np.where(x >= -0.5, x, 0),
+    ),
     Case("softmax", lambda x: mb.softmax(x=x, axis=1), {"x": X}, lambda x: soft(x, 1)),
 ]
 
