@@ -48,7 +48,7 @@ from embeddings_cache.system import (
     write_json,
 )
 from embeddings_cache.teacher import TeacherEncoder, resolve_compile, weights_sha256
-from students import InputError
+from students import InputError, StudentEncoder
 
 MOST_WORKERS = 16
 THREADS = 2
@@ -70,7 +70,7 @@ def cache_identity(
     """What a cache made with these settings is identified by."""
     encoder = sam.image_encoder
     cells = encoder.img_size // 16
-    channels = encoder.neck[0].out_channels
+    channels = encoder.embed_dim if isinstance(encoder, StudentEncoder) else encoder.neck[0].out_channels
     return CacheIdentity(
         teacher_name=teacher_name,
         teacher_sha256=weights_sha256(sam),

@@ -4,9 +4,9 @@ from students.architectures import (
     PUBLISHED,
     VITS,
     Contents,
-    architecture_name,
     config_by_name,
     known_architectures,
+    published_name,
     vit_encoder,
 )
 from students.backbones import is_known, list_students
@@ -45,7 +45,6 @@ __all__ = [
     "InputError",
     "StudentConfig",
     "StudentEncoder",
-    "architecture_name",
     "architecture_of",
     "build_encoder",
     "build_student_sam",
@@ -62,6 +61,7 @@ __all__ = [
     "list_students",
     "load_checkpoint",
     "load_student",
+    "published_name",
     "read_metadata",
     "require_decoder",
     "save_hugging_face",

@@ -82,6 +82,13 @@ def architecture_name(config: StudentConfig) -> str:
     return next((name for name, published in PUBLISHED.items() if published == config), own)
 
 
+def published_name(config: StudentConfig) -> str | None:
+    """What a student goes by for whose numbers there is a published layout; None where there is none."""
+    name = architecture_name(config)
+    known = _students().get(name)
+    return name if known == replace(config, name=config.name.removesuffix("_224")) else None
+
+
 def config_by_name(name: str, image_size: int = SAM_IMAGE_SIZE) -> StudentConfig:
     """The student that goes by a name of `architecture_name`'s form; at another image size its backbone looks at as
     large a part of the pixels.
@@ -176,16 +183,19 @@ def recognise(shapes: Shapes, origin: str) -> Contents:
             if _cut_short(beside):
                 raise InputError(_unlike(name, {**encoder, **decoder}, shapes, origin))
             return Contents(name, image_size, bool(beside) and beside == decoder, _not_used(beside))
-    within = [(name, expected) for name, _, expected in _candidates(encoder) if expected.items() < encoder.items()]
-    if within:
-        name, expected = max(within, key=lambda item: len(item[1]))
+    name, expected = max(
+        ((name, expected) for name, _, expected in _candidates(encoder)),
+        key=lambda item: _alike({**item[1], **decoder}, shapes),
+    )
+    if expected.items() < encoder.items():
         added = name_some(sorted(encoder.keys() - expected), "tensors")
         raise InputError(f"{origin} is a {name} with {added} added to its encoder, which change what it computes")
-    name, expected = max(
-        ((name, {**expected, **decoder}) for name, _, expected in _candidates(encoder)),
-        key=lambda item: sum(shapes.get(key) == shape for key, shape in item[1].items()) / len(item[1].keys() | shapes),
-    )
-    raise InputError(_unlike(name, expected, shapes, origin))
+    raise InputError(_unlike(name, {**expected, **decoder}, shapes, origin))
+
+
+def _alike(expected: Shapes, found: Shapes) -> float:
+    """The share of all tensors that both have."""
+    return sum(found.get(name) == shape for name, shape in expected.items()) / len(expected.keys() | found)
 
 
 def _candidates(encoder: Shapes) -> Iterator[tuple[str, int, Shapes]]:

@@ -95,7 +95,8 @@ def load_subject(recipe: Recipe) -> Subject:
         sam = load_checkpoint(path)
         name, has_decoder = identify(path)
         whole = sam.image_encoder
-        return Subject(name, name, None, _as_asked(whole, recipe), whole, sam if has_decoder else None, left_out(sam))
+        encoder, decoder = _as_asked(whole, recipe), sam if has_decoder else None
+        return Subject(name, name, None, encoder, whole, decoder, left_out(sam) or _learnt_otherwise(encoder))
     student = load_student(path)
     if is_untrained(path):
         raise InputError(f"{path} was not trained: it holds the weights that training starts from")
@@ -104,6 +105,14 @@ def load_subject(recipe: Recipe) -> Subject:
         note = "there is no mask decoder: embeddings alone are compared"
     encoder = _as_asked(student, recipe)
     return Subject(student.config.name, recipe.teacher.name, recipe.name, encoder, student, sam, note)
+
+
+def _learnt_otherwise(encoder: nn.Module) -> str | None:
+    """A line for whoever uses a published encoder that reduces images itself: its authors resize them once."""
+    if not isinstance(encoder, StudentEncoder) or encoder.img_size == encoder.config.side:
+        return None
+    side = encoder.config.side
+    return f"it was trained on images resized to {side} px at once: export.input=native takes those"
 
 
 def _as_asked(encoder: nn.Module, recipe: Recipe) -> nn.Module:

@@ -13,20 +13,30 @@ from distill.recipe import (
     load_recipe,
     to_yaml,
 )
-from students import InputError
+from distill.train import student_config
+from students import PUBLISHED, InputError
+
+PAPERS = [
+    "efficientvit_l0", "efficientvit_l1", "repvit_m0_9", "repvit_m1_1", "repvit_m1_1_512", "repvit_m2_3", "tiny_vit_5m",
+]  # fmt: skip
 
 
 def test_the_shipped_recipes_are_the_papers_and_the_quickstart() -> None:
-    assert list_recipes() == ["quickstart", "repvit_m0_9", "repvit_m1_1", "repvit_m2_3", "tiny_vit_5m"]
+    assert list_recipes() == sorted(["quickstart", *PAPERS])
 
 
-@pytest.mark.parametrize("name", ["repvit_m0_9", "repvit_m1_1", "repvit_m2_3", "tiny_vit_5m"])
+@pytest.mark.parametrize("name", PAPERS)
 def test_paper_recipes_have_the_papers_setting(name: str) -> None:
     recipe = load_recipe([f"recipe={name}"])
-    assert recipe.student.name == name
+    assert recipe.student.name == name.removesuffix("_512")
     assert recipe.teacher.name == "vit_h"
     assert (recipe.image_size, recipe.data.fraction, recipe.train.epochs) == (1024, 0.01, 8)
     assert (recipe.train.loss, recipe.student.downsample) == ({"mse": 1.0}, "stride1")
+
+
+@pytest.mark.parametrize(("name", "published"), [("efficientvit_l0", "l0"), ("efficientvit_l1", "l1")])
+def test_efficientvits_recipes_train_what_its_authors_released(name: str, published: str) -> None:
+    assert student_config(load_recipe([f"recipe={name}"])) == PUBLISHED[f"efficientvit_sam_{published}"]
 
 
 def test_values_come_from_schema_then_file_then_command_line(tmp_path: Path) -> None:
@@ -64,7 +74,7 @@ def test_command_line_values(argument: str, key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "command line: recipe=NAME is missing; recipes: quickstart"),
+        ([], "command line: recipe=NAME is missing; recipes: efficientvit_l0, "),
         (["recipe=repvit_m9"], "command line: unknown recipe 'repvit_m9'; did you mean 'repvit_m0_9'?"),
         (["recipe=gone.yaml"], "command line: recipe=gone.yaml: no such file"),
         (["recipe=quickstart", "train.epohcs=3"], "unknown key 'train.epohcs'; did you mean 'train.epochs'?"),
@@ -181,7 +191,7 @@ def test_the_contracts_keys_exist() -> None:
     """Keys that others rely on: add freely, rename never."""
     keys = {key for key, _, _ in describe_keys()}
     for section, names in {
-        "student": "name downsample pretrained",
+        "student": "name downsample neck input_size pretrained",
         "teacher": "name checkpoint",
         "data": "images fraction val_images max_skipped",
         "cache": "dir dtype images_per_shard jpeg_quality",

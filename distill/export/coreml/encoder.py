@@ -16,7 +16,7 @@ from distill.export.proof import FLOAT16, Bounds, Encode, Reference, within
 from embeddings_cache.images import PIXEL_MEAN
 
 PADDING_COLOUR = tuple(round(channel) for channel in PIXEL_MEAN)
-"""The mean colour in 8 bits; what is lost by rounding it is part of every figure here."""
+"""The mean colour in 8 bits, which an `eight_bit` encoder takes for the mean itself."""
 
 COMPRESSED = Bounds(relative_error=0.15, mask_miou=0.98)
 """Of 8-bit and 6-bit weights. The masks decide; an embedding further off than that is another one."""

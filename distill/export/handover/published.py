@@ -13,13 +13,12 @@ from embeddings_cache.system import whole_file
 from students import (
     VITS,
     InputError,
-    StudentConfig,
     StudentEncoder,
-    architecture_name,
     inspect_checkpoint,
     is_our_student,
     load_checkpoint,
     load_student,
+    published_name,
     save_hugging_face,
     save_published,
 )
@@ -42,8 +41,9 @@ def convert(recipe: Recipe, accelerator: Accelerator) -> bool:
 def convert_student(recipe: Recipe, accelerator: Accelerator) -> Path:
     """Write `export/NAME.pt`, the chosen student with the teacher's prompt encoder and mask decoder.
 
-    NAME is mobile_sam, repvit_sam or edge_sam for a student of their size, whose own code then loads the file, and
-    otherwise the student's. Before it gets that name it is read back, and must make equal embeddings.
+    NAME is its publisher's (mobile_sam, repvit_sam, edge_sam, efficientvit_sam_l0, ...) for a student of their size,
+    whose own code then loads the file, and otherwise the student's. Before it gets that name it is read back, and must
+    make equal embeddings.
 
     Raises:
         InputError: no student, one whose numbers were changed, or a teacher without decoder.
@@ -51,15 +51,17 @@ def convert_student(recipe: Recipe, accelerator: Accelerator) -> Path:
     path = chosen_student(recipe)
     student = load_student(path)
     config = student.config
-    if config != StudentConfig(config.name, downsample=config.downsample):
+    name = published_name(config)
+    if name is None:
         raise InputError(
             f"{path} cannot be converted: published are whole students at 1024 px with 256 channels, not "
-            f"{config.image_size} px, {config.embed_dim} channels, overrides {config.overrides}"
+            f"{config.name} of {config.image_size} px, {config.embed_dim} channels, neck={config.neck} of depth "
+            f"{config.neck_depth}, input_size {config.side}, overrides {config.overrides}"
         )
     teacher, _ = load_sams(recipe, torch.device("cpu"))
     if line := other_teacher(recipe, teacher):
         accelerator.print(f"convert: {line}")
-    written = Path(recipe.run_dir) / "export" / f"{architecture_name(config)}.pt"
+    written = Path(recipe.run_dir) / "export" / f"{name}.pt"
     with whole_file(written) as temporary:
         save_published(temporary, student, teacher)
         refuse_other_outputs(student, load_checkpoint(temporary).image_encoder)

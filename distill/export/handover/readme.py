@@ -23,6 +23,7 @@ def write_readme(path: Path, manifest: dict[str, Any]) -> None:
             made=made,
             images_from=next((file["parity"].get("images_from") for file in made.values()), None),
             size=manifest["student"]["image_size"],
+            side=manifest["student"]["input_size"],
             rounded=PADDING_COLOUR,
             max_points=MAX_POINTS,
             onnx=[name for name in made if name.endswith(".onnx")],
@@ -44,7 +45,10 @@ def snippet(name: str, manifest: dict[str, Any]) -> str:
     """A client's code, for the files of this export."""
     encoders = [made for made in manifest["files"] if made.startswith("encoder")]
     text = _resource(f"snippets/{name}").strip().replace("encoder.onnx", next(iter(encoders), "encoder.onnx"))
-    return re.sub(r"(size\b.* = )1024", rf"\g<1>{manifest['student']['image_size']}", text, count=1, flags=re.I)
+    for name in ("image_size", "input_size"):
+        word, value = name.removeprefix("image_").removesuffix("_size"), manifest["student"][name]
+        text = re.sub(rf"(\b{word} = )1024", rf"\g<1>{value}", text, count=1, flags=re.IGNORECASE)
+    return text
 
 
 def _resource(name: str) -> str:

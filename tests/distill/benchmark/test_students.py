@@ -173,7 +173,14 @@ def test_a_run_compared_with_itself(folder: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    "name", ["repvit_m0_9", *(pytest.param(name, marks=pytest.mark.slow) for name in ("repvit_m1-fuse", "tiny_vit_5m"))]
+    "name",
+    [
+        "repvit_m0_9",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("repvit_m1-fuse", "tiny_vit_5m", "repvit_m0_9-pyramid-512")
+        ),
+    ],
 )
 def test_a_file_is_counted_as_the_model_that_it_was_made_of(name: str, tmp_path: Path) -> None:
     (contender,) = find_contenders([name], 128)

@@ -50,6 +50,7 @@ def test_manifest_describes_the_files(finished_run: Path) -> None:
     assert manifest["student"] == {
         "name": "repvit_m0_9",
         "image_size": 128,
+        "input_size": 128,
         "embed_dim": 128,
         "parameters": sum(parameter.numel() for parameter in student.parameters()),
     }

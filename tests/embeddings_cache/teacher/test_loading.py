@@ -16,6 +16,7 @@ from embeddings_cache.precompute import cache_identity
 from embeddings_cache.teacher.encoder import TeacherEncoder
 from embeddings_cache.teacher.loading import check_teacher, load_teacher, weights_sha256
 from students import InputError, create_student, save_student
+from students.architectures import architecture
 from support import ROOT
 
 
@@ -87,12 +88,35 @@ def test_a_checkpoint_of_another_name_is_refused(vit_b_state: dict[str, torch.Te
         load_teacher("vit_h", str(tmp_path / "sam.pth"), 1024)
 
 
+def test_an_xl1_that_is_called_l0_is_refused(tmp_path: Path) -> None:
+    shapes = architecture("efficientvit_sam_xl1").shapes
+    torch.save({name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}, tmp_path / "l0.pt")
+    said = (
+        r"l0\.pt holds a efficientvit_sam_xl1, not a efficientvit_sam_l0: teacher\.name=efficientvit_sam_xl1 takes it"
+    )
+    with pytest.raises(InputError, match=said):
+        check_teacher("efficientvit_sam_l0", str(tmp_path / "l0.pt"), 1024)
+    del shapes[next(name for name in shapes if "stages.5.op_list.6" in name)]
+    torch.save({name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}, tmp_path / "cut.pt")
+    with pytest.raises(InputError, match=r"cut\.pt looks most like efficientvit_sam_xl1, but: 1 missing"):
+        check_teacher("efficientvit_sam_xl1", str(tmp_path / "cut.pt"), 1024)
+
+
+PYRAMID = {"neck": "pyramid", "neck_depth": 1, "input_size": 64}
+
+
 @pytest.mark.parametrize(
-    ("name", "dtype", "largest"), [("tiny_vit_5m", "float32", 1e-5), ("repvit_m1", "bfloat16", 0.05)]
+    ("name", "options", "dtype", "largest"),
+    [
+        ("tiny_vit_5m", {"downsample": "fuse"}, "float32", 1e-5),
+        ("repvit_m1", {"downsample": "fuse"}, "bfloat16", 0.05),
+        ("efficientvit_b0", PYRAMID, "float32", 1e-5),
+        ("efficientvit_l0", PYRAMID, "bfloat16", 0.05),
+    ],
 )
-def test_a_student_teaches(name: str, dtype: str, largest: float, tmp_path: Path) -> None:
-    """Fused, and at a precision: also one whose embedding comes from two stages."""
-    student = create_student(name, 128, 64, downsample="fuse").eval()
+def test_a_student_teaches(name: str, options: dict, dtype: str, largest: float, tmp_path: Path) -> None:
+    """Fused, and at a precision: also one whose embedding comes from several stages."""
+    student = create_student(name, 128, 64, **options).eval()
     save_student(tmp_path / "student.safetensors", student, {})
     sam = load_teacher("student", str(tmp_path / "student.safetensors"), 128)
     assert cache_identity(

@@ -2,33 +2,34 @@ import CoreGraphics
 import CoreML
 import CoreVideo
 
-let size = 1024
+let size = 1024 // prompts are in pixels of an image of this longest side
+let input = 1024 // the encoder takes an image of this one
 
-/// Width and height that an image is resized to.
-func resized(_ width: Int, _ height: Int) -> (width: Double, height: Double) {
-    let scale = Double(size) / Double(max(width, height))
+/// Width and height of an image with this longest side.
+func resized(_ width: Int, _ height: Int, _ longest: Int) -> (width: Double, height: Double) {
+    let scale = Double(longest) / Double(max(width, height))
     return ((Double(width) * scale + 0.5).rounded(.down), (Double(height) * scale + 0.5).rounded(.down))
 }
 
-/// The image at the top left of size × size pixels, the rest in the mean colour. A CGImage knows no orientation: turn
+/// The image at the top left of input × input pixels, the rest in the mean colour. A CGImage knows no orientation: turn
 /// a photograph upright first.
 func pixelBuffer(of image: CGImage) -> CVPixelBuffer? {
     var made: CVPixelBuffer?
-    CVPixelBufferCreate(nil, size, size, kCVPixelFormatType_32BGRA, nil, &made)
+    CVPixelBufferCreate(nil, input, input, kCVPixelFormatType_32BGRA, nil, &made)
     guard let buffer = made, let space = CGColorSpace(name: CGColorSpace.sRGB) else { return nil }
     CVPixelBufferLockBaseAddress(buffer, [])
     defer { CVPixelBufferUnlockBaseAddress(buffer, []) }
     guard let context = CGContext(
-        data: CVPixelBufferGetBaseAddress(buffer), width: size, height: size, bitsPerComponent: 8,
+        data: CVPixelBufferGetBaseAddress(buffer), width: input, height: input, bitsPerComponent: 8,
         bytesPerRow: CVPixelBufferGetBytesPerRow(buffer), space: space,
         bitmapInfo: CGBitmapInfo.byteOrder32Little.rawValue | CGImageAlphaInfo.noneSkipFirst.rawValue)
     else { return nil }
     context.setFillColor(CGColor(srgbRed: 124.0 / 255.0, green: 116.0 / 255.0, blue: 104.0 / 255.0, alpha: 1.0))
-    context.fill(CGRect(x: 0, y: 0, width: size, height: size))
+    context.fill(CGRect(x: 0, y: 0, width: input, height: input))
     context.interpolationQuality = .high
-    let (width, height) = resized(image.width, image.height)
+    let (width, height) = resized(image.width, image.height, input)
     // Core Graphics counts y from the bottom.
-    context.draw(image, in: CGRect(x: 0.0, y: Double(size) - height, width: width, height: height))
+    context.draw(image, in: CGRect(x: 0.0, y: Double(input) - height, width: width, height: height))
     return buffer
 }
 
@@ -51,7 +52,7 @@ final class Segmenter {
     func segment(
         _ embedding: MLMultiArray, imageWidth: Int, imageHeight: Int, points: [(x: Double, y: Double, label: Double)]
     ) throws -> (masks: MLMultiArray, ious: MLMultiArray) {
-        let (width, height) = resized(imageWidth, imageHeight)
+        let (width, height) = resized(imageWidth, imageHeight, size)
         var prompt: [[Double]] = points.map { point in
             [point.x * width / Double(imageWidth), point.y * height / Double(imageHeight), point.label]
         }

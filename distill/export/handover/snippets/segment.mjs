@@ -1,32 +1,34 @@
 import ort from "onnxruntime-node";
 
-const SIZE = 1024, MEAN = [123.675, 116.28, 103.53];
+const SIZE = 1024; // prompts are in pixels of an image of this longest side
+const INPUT = 1024; // the encoder takes an image of this one
+const MEAN = [123.675, 116.28, 103.53];
 const encoder = await ort.InferenceSession.create("encoder.onnx");
 const decoder = await ort.InferenceSession.create("decoder.onnx");
 const tensor = (values, dims) => new ort.Tensor("float32", Float32Array.from(values), dims);
 
 // Width and height to resize an image to.
-export function resized(imageWidth, imageHeight) {
-  const scale = SIZE / Math.max(imageWidth, imageHeight);
+export function resized(imageWidth, imageHeight, longest = INPUT) {
+  const scale = longest / Math.max(imageWidth, imageHeight);
   return [imageWidth, imageHeight].map((side) => Math.floor(side * scale + 0.5));
 }
 
 // pixels: the resized image row by row, 3 bytes a pixel (RGB) or 4 (RGBA, as a canvas has them).
 export async function embed(pixels, width, height) {
   const bytes = pixels.length / (width * height);
-  const image = new Float32Array(3 * SIZE * SIZE);
+  const image = new Float32Array(3 * INPUT * INPUT);
   for (let channel = 0; channel < 3; channel++) {
-    image.fill(MEAN[channel], channel * SIZE * SIZE, (channel + 1) * SIZE * SIZE);
+    image.fill(MEAN[channel], channel * INPUT * INPUT, (channel + 1) * INPUT * INPUT);
     for (let y = 0; y < height; y++)
       for (let x = 0; x < width; x++)
-        image[(channel * SIZE + y) * SIZE + x] = pixels[(y * width + x) * bytes + channel];
+        image[(channel * INPUT + y) * INPUT + x] = pixels[(y * width + x) * bytes + channel];
   }
-  return (await encoder.run({ image: tensor(image, [1, 3, SIZE, SIZE]) })).image_embeddings;
+  return (await encoder.run({ image: tensor(image, [1, 3, INPUT, INPUT]) })).image_embeddings;
 }
 
 // points: [[x, y, label], ...] in pixels of the original image; a box is two points with labels 2 and 3.
 export async function segment(image_embeddings, points, imageWidth, imageHeight, earlier) {
-  const [width, height] = resized(imageWidth, imageHeight);
+  const [width, height] = resized(imageWidth, imageHeight, SIZE);
   const prompt = points.map(([x, y, label]) => [(x * width) / imageWidth, (y * height) / imageHeight, label]);
   if (!points.some(([, , label]) => label === 2)) prompt.push([0, 0, -1]);
   const side = SIZE / 4;

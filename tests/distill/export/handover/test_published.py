@@ -26,7 +26,7 @@ def mobile_sam(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("published") / "mobile_sam.pt"
     torch.manual_seed(3)
     decoder = untrained_sam(torch.nn.Identity()).state_dict()
-    torch.save({**weights_by_rule(peer["layout"], peer["seed"]), **decoder}, path)
+    torch.save({**weights_by_rule(peer), **decoder}, path)
     return path
 
 
