@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object, set_seed
+from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -155,7 +156,7 @@ def prepare(
         student = student.to(memory_format=torch.channels_last)
     average = ModelEmaV3(student, settings.ema, use_warmup=True).to(accelerator.device) if settings.ema else None
     if settings.batch_norm == "sync" and accelerator.num_processes > 1:
-        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        student = convert_sync_batchnorm(student)  # timm's keeps the activations that its norms bring
     if settings.compile:
         student.compile()
     optimizer = torch.optim.AdamW(parameter_groups(student, settings.weight_decay), lr=settings.lr)

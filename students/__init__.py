@@ -9,7 +9,7 @@ from students.architectures import (
     published_name,
     vit_encoder,
 )
-from students.backbones import is_known, list_students
+from students.backbones import check_pretrained, is_known, list_students
 from students.checkpoints import (
     architecture_of,
     identify,
@@ -48,6 +48,7 @@ __all__ = [
     "architecture_of",
     "build_encoder",
     "build_student_sam",
+    "check_pretrained",
     "config_by_name",
     "count_macs",
     "create_student",

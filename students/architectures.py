@@ -104,8 +104,7 @@ def config_by_name(name: str, image_size: int = SAM_IMAGE_SIZE) -> StudentConfig
 
 def _config_in(name: str) -> StudentConfig:
     found = re.fullmatch(r"(?P<name>.+?)(?:-(?P<way>fuse|pyramid(?:-(?P<side>\d+))?))?", name)
-    assert found is not None
-    if not is_known(found["name"]):
+    if found is None or not is_known(found["name"]):
         raise InputError(f"unknown student {name!r}")
     if found["way"] is None or found["way"] == "fuse":
         return StudentConfig(found["name"], downsample=found["way"] or "stride1")

@@ -18,7 +18,7 @@ from torch import nn
 
 from students.efficientvit import efficientvit_xl
 from students.errors import InputError, first_line
-from students.imagenet import load_from_file, refuse_without_network
+from students.imagenet import load_from_file, refuse_without_network, repository_of
 
 FAMILIES = (
     "repvit_*", "tiny_vit_*", "efficientvit_b*", "efficientvit_l*", "fastvit_t*", "fastvit_s*",
@@ -52,7 +52,8 @@ NOT_OURS = {"self", "num_classes", "in_chans", "global_pool", "distillation", "d
 
 
 def list_students() -> list[str]:
-    """The students that are tested: timm's models of `FAMILIES`, `OWN`, and `tiny_vit_5m` for `..._224`.
+    """The students of the table: timm's models of `FAMILIES`, of each of which some are tested, `OWN`, and
+    `tiny_vit_5m` for `..._224`.
 
     `create_student` also takes timm's other models, where they can be cut into stages.
     """
@@ -63,6 +64,11 @@ def list_students() -> list[str]:
 def is_known(name: str) -> bool:
     """Whether a name is one that `create_student` may take."""
     return name in OWN or _timm_name(name) in timm.list_models()
+
+
+def check_pretrained(name: str) -> None:
+    """Raise `InputError` where timm has no ImageNet weights of a name; asks nobody."""
+    repository_of(_timm_name(name))
 
 
 def build_backbone(
@@ -79,21 +85,22 @@ def build_backbone(
     Raises:
         InputError: overrides that the model does not take, weights that cannot be had.
     """
-    numbers = _arguments(name, overrides)
     downloaded = pretrained is True
     if downloaded:
         refuse_without_network(_timm_name(name))
     try:
-        backbone = _model(name, downloaded, **numbers)
+        backbone = _model(name, downloaded, **_arguments(name, overrides))
+        if len(strides(backbone)) >= stages:
+            backbone.prune_intermediate_layers(stages, prune_norm=True, prune_head=True)  # type: ignore[operator]
+    except InputError:
+        raise
     except OSError as error:
         if not downloaded:
             raise
         raise InputError(f"ImageNet weights of {name!r} cannot be had: {first_line(error)}") from error
-    except (TypeError, ValueError, AssertionError, IndexError, RuntimeError, AttributeError) as error:
+    except Exception as error:  # timm's models raise of many kinds where numbers do not go together
         what = "does not take these overrides" if overrides else "cannot be built"
         raise InputError(f"student {name!r} {what}: {first_line(error)}") from error
-    if strides(backbone):
-        backbone.prune_intermediate_layers(stages, prune_norm=True, prune_head=True)  # type: ignore[operator]
     if hasattr(backbone, "head"):
         backbone.head = nn.Identity()
     if not isinstance(pretrained, bool):

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 
-from students.architectures import Contents, architecture, recognise
+from students.architectures import LARGEST_IMAGE_SIZE, Contents, architecture, recognise
 from students.encoder import StudentConfig, StudentEncoder, build_encoder, config_dict
 from students.errors import InputError, first_line
 from students.layouts import PREFIX, published_names, unused_shapes
@@ -19,6 +19,8 @@ from students.sam import encoder_only_sam, untrained_sam
 from students.state_dicts import differences, read_state_dict, shapes_of
 
 FORMAT = "sam-distill student"
+LARGEST_EMBED_DIM = 8192
+
 KINDS: dict[str, type | UnionType] = {
     "name": str, "image_size": int, "embed_dim": int, "overrides": dict, "downsample": str, "neck": str,
     "neck_depth": int, "neck_expand": int, "input_size": int | None,
@@ -52,12 +54,15 @@ def load_student(path: str | Path) -> StudentEncoder:
     """
     path = Path(path)
     config = _config_of(path)
+    with torch.device("meta"):  # a file's word must not decide how much memory is asked for
+        expected = shapes_of(build_encoder(config).state_dict())
+    with safe_open(path, "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if differing := differences(expected, found):
+            raise InputError(f"{path} does not hold the weights of a {config.name}: {differing}")
+        tensors = {name: file.get_tensor(name) for name in found}
     with torch.random.fork_rng(devices=[]):  # weights that are drawn only to be replaced must not move a run's seed
         student = build_encoder(config)
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    if differing := differences(shapes_of(student.state_dict()), shapes_of(tensors)):
-        raise InputError(f"{path} does not hold the weights of a {config.name}: {differing}")
     student.load_state_dict(tensors)
     return student.eval()
 
@@ -128,7 +133,8 @@ def is_our_student(path: Path) -> bool:
 def save_published(path: Path, student: StudentEncoder, sam: Sam) -> None:
     """Write a student in the layout of its family's publisher, with the prompt encoder and mask decoder of a SAM.
 
-    Where the student is of their size, names and shapes are those of MobileSAM's, RepViT-SAM's or EdgeSAM's checkpoint.
+    Where the student is of their size, names and shapes are those of MobileSAM's, RepViT-SAM's, EdgeSAM's or
+    EfficientViT-SAM's checkpoint.
     TinyViT's classifier, which MobileSAM keeps without using it, is filled with zeros.
     """
     tensors = student.state_dict()
@@ -153,6 +159,9 @@ def _config_of(path: Path) -> StudentConfig:
         for key, kind in KINDS.items():
             if not isinstance(getattr(config, key), kind):
                 raise TypeError(f"{key} is {getattr(config, key)!r}")
+        for key, most in (("embed_dim", LARGEST_EMBED_DIM), ("image_size", LARGEST_IMAGE_SIZE), ("neck_depth", 100)):
+            if not 0 <= getattr(config, key) <= most:
+                raise ValueError(f"{key} is {getattr(config, key)}")
         if config.embed_dim < 1:
             raise ValueError(f"embed_dim is {config.embed_dim}")
     except (KeyError, TypeError, ValueError) as error:

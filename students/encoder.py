@@ -9,6 +9,7 @@ EdgeSAM (arXiv:2312.06660, section 3.1) leaves that stride, and adds the last tw
 
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from students.backbones import build_backbone, is_known, list_students, strides, widths
-from students.errors import InputError
+from students.errors import InputError, first_line
 from students.folding import fold_norms
 from students.necks import PyramidNeck, Reduction, StageFusion, sam_neck
 
@@ -107,7 +108,7 @@ class StudentEncoder(nn.Module):
         """A copy for inference, in eval mode: parallel branches and batch norms folded into single convolutions.
 
         Structural re-parameterisation, as in RepViT (arXiv:2307.09283, section 3.1) and FastViT (arXiv:2303.14189,
-        section 3.2); equal outputs up to rounding.
+        section 3.2); equal outputs up to rounding. Some of timm's models keep batch norms, which runtimes fold.
         """
         kept = next(self.parameters())
         _forget_biases(self)
@@ -166,7 +167,7 @@ def build_encoder(config: StudentConfig, pretrained: bool | str | Path = False) 
     backbone: Any = build_backbone(config.name, config.overrides, 3 if config.neck == "pyramid" else 2, pretrained)
     if config.neck == "pyramid":
         _check_pyramid(backbone, config)
-        return StudentEncoder(backbone, config)
+        return _tried(StudentEncoder(backbone, config))
     if strides(backbone)[-2:] != [STRIDE, 2 * STRIDE]:
         raise InputError(f"student {config.name!r} {_stages(backbone)}; neck=sam needs the last two at 16 and 32 px")
     if config.downsample == "stride1":
@@ -176,13 +177,31 @@ def build_encoder(config: StudentConfig, pretrained: bool | str | Path = False) 
         before, last = backbone.stages[-2:]
         before.blocks.append(last.downsample.pre_block)
         last.downsample.pre_block = nn.Identity()
-    return StudentEncoder(backbone, config)
+    return _tried(StudentEncoder(backbone, config))
+
+
+def _tried(student: StudentEncoder) -> StudentEncoder:
+    """The student, unless its backbone is not one of the table and does not take such images."""
+    config = student.config
+    if config.name in list_students():
+        return student
+    cells = config.image_size // STRIDE
+    try:
+        with torch.no_grad():
+            found = deepcopy(student).to("meta")(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))
+    except Exception as error:  # of whatever kind a stranger to the table raises
+        raise InputError(f"student {config.name!r} does not take {config.side} px: {first_line(error)}") from error
+    if found.shape != (1, config.embed_dim, cells, cells):
+        raise InputError(f"student {config.name!r} makes {tuple(found.shape)} of {config.image_size} px")
+    return student
 
 
 def _check_numbers(config: StudentConfig) -> None:
     name, size, side = config.name, config.image_size, config.side
     if not is_known(name):
-        raise InputError(f"unknown student {name!r}; known: {', '.join(list_students())}, and timm's other models")
+        near = get_close_matches(name, list_students(), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "; list_students() has those that are known"
+        raise InputError(f"unknown student {name!r}{hint}")
     for value, key, known in ((config.downsample, "downsample", DOWNSAMPLES), (config.neck, "neck", NECKS)):
         if value not in known:
             raise InputError(f"unknown {key} {value!r}; known: {', '.join(known)}")
@@ -196,6 +215,9 @@ def _check_numbers(config: StudentConfig) -> None:
         raise InputError(f"input_size {side} of student {name!r} goes with neck=pyramid; neck=sam needs all {size} px")
     if config.neck == "pyramid" and config.downsample != "stride1":
         raise InputError(f"downsample={config.downsample} of student {name!r} goes with neck=sam, not pyramid")
+    numbers = (config.neck_depth, config.neck_expand)
+    if config.neck == "sam" and numbers != (StudentConfig.neck_depth, StudentConfig.neck_expand):
+        raise InputError(f"neck_depth and neck_expand of student {name!r} go with neck=pyramid")
     if config.neck_depth < 0 or config.neck_expand < 1:
         raise InputError(f"neck_depth {config.neck_depth}, neck_expand {config.neck_expand}: at least 0 and 1")
 
@@ -205,6 +227,12 @@ def _check_pyramid(backbone: nn.Module, config: StudentConfig) -> None:
     if last not in PYRAMIDS:
         raise InputError(
             f"student {config.name!r} {_stages(backbone)}; neck=pyramid needs the last three at 8, 16, 32 or 16, 32, 64"
+        )
+    factors = [stride * config.image_size // config.side / STRIDE for stride in last]
+    if any(factor != 0.5 and factor != int(factor) for factor in factors):
+        raise InputError(
+            f"input_size {config.side} of student {config.name!r} is a part of image_size {config.image_size} that its "
+            f"stages at {', '.join(map(str, last))} px do not fit: all, 1/2, 1/4, ... do"
         )
     if config.side % last[-1]:
         raise InputError(f"student {config.name!r} has stages at {last} px, which do not divide {config.side} px")

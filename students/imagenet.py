@@ -17,10 +17,7 @@ def refuse_without_network(timm_name: str) -> None:
     Raises:
         InputError: timm has none, or they are not in the hub's cache and it does not answer.
     """
-    published = timm.get_pretrained_cfg(timm_name)
-    repository = published.hf_hub_id if published else None
-    if repository is None:
-        raise InputError(f"timm has no ImageNet weights of {timm_name!r}")
+    repository = repository_of(timm_name)
     names = ("model.safetensors", "pytorch_model.bin")
     if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str) for name in names):
         return
@@ -31,6 +28,14 @@ def refuse_without_network(timm_name: str) -> None:
             f"ImageNet weights of {timm_name!r} cannot be had: {huggingface_hub.constants.ENDPOINT} does not answer "
             f"({first_line(error)}); student.pretrained=FILE takes a local file"
         ) from error
+
+
+def repository_of(timm_name: str) -> str:
+    """Where on the hub a model's ImageNet weights lie; raises `InputError` where timm has none."""
+    published = timm.get_pretrained_cfg(timm_name)
+    if published is None or published.hf_hub_id is None:
+        raise InputError(f"timm has no ImageNet weights of {timm_name!r}")
+    return str(published.hf_hub_id)
 
 
 def load_from_file(backbone: nn.Module, path: Path, name: str, whole: Collection[str]) -> None:

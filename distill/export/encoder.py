@@ -32,7 +32,7 @@ NEAR_THE_MEAN = 0.6 / min(PIXEL_STD)
 
 
 class RgbEncoder(nn.Module):
-    """An encoder with the normalisation inside: RGB 0–255 float32 (B, 3, S, S) → embedding (B, C, S/16, S/16).
+    """An encoder with the normalisation inside: RGB 0–255 float32 (B, 3, S, S) → embedding (B, C, h, w).
 
     Padding has to be the mean colour, which normalises to 0. A student's branches are fused.
 

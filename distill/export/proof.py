@@ -24,7 +24,7 @@ PROMPTS = EvaluateRecipe(masks_per_image=5, grid=3)
 """Prompts of each kind an image; side of the grid where there is no annotation."""
 
 Encode = Callable[[np.ndarray], np.ndarray]
-"""A resized picture, RGB uint8 (h, w, 3) → its embedding, float32 (1, C, S/16, S/16)."""
+"""A picture resized to what the encoder takes, RGB uint8 (h, w, 3) → its embedding, float32 (1, C, h, w)."""
 
 
 class ParityError(CheckFailed):
@@ -49,7 +49,7 @@ class Reference:
     """What PyTorch makes of some images: the measure for every file.
 
     Args:
-        encoder: normalised (1, 3, S, S) → (1, C, S/16, S/16), with an attribute `img_size`; on the CPU, in eval mode.
+        encoder: normalised (1, 3, S, S) → (1, C, h, w), with an attribute `img_size`, S; on the CPU, in eval mode.
         decoder: whose prompt encoder and mask decoder make the masks; None where there is none.
         rows: the images, at least one, with annotations that can be decoded; resized to what the encoder takes.
         images_from: where they come from, for the manifest.

@@ -96,7 +96,8 @@ def load_subject(recipe: Recipe) -> Subject:
         name, has_decoder = identify(path)
         whole = sam.image_encoder
         encoder, decoder = _as_asked(whole, recipe), sam if has_decoder else None
-        return Subject(name, name, None, encoder, whole, decoder, left_out(sam) or _learnt_otherwise(encoder))
+        notes = (left_out(sam), _learnt_otherwise(encoder))
+        return Subject(name, name, None, encoder, whole, decoder, "; ".join(filter(None, notes)) or None)
     student = load_student(path)
     if is_untrained(path):
         raise InputError(f"{path} was not trained: it holds the weights that training starts from")

@@ -61,7 +61,7 @@ class LinearAttention(nn.Module):
         root = (height * width) ** 0.5
         largest = or_one(k.amax(3, keepdim=True))
         ones = pad(v / root, (0, 0, 0, 1), value=1 / root)  # the last row's sums are those of the keys
-        sums = ones @ (k / (largest / (1 / root))).transpose(2, 3)  # (B, heads, dim + 1, dim)
+        sums = ones @ (k / largest / root).transpose(2, 3)  # (B, heads, dim + 1, dim)
         sums = sums / (largest.amax(2, keepdim=True) / largest).transpose(2, 3)
         attended = sums @ (q / or_one(q.amax(2, keepdim=True)))
         attended = attended[:, :, :-1] / or_one(attended[:, :, -1:])
@@ -75,6 +75,7 @@ def or_one(x: torch.Tensor) -> torch.Tensor:
 
 def bicubic(factor: float) -> nn.Module:
     """PyTorch's bicubic interpolation by 2, 4, ... or ½ as a convolution, which every runtime has."""
+    assert factor == 0.5 or factor == int(factor), factor
     return BicubicHalving() if factor == 0.5 else BicubicEnlarging(int(factor))
 
 

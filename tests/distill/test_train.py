@@ -3,23 +3,25 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from distill.evaluate.masks import evaluate_masks
 from distill.launch import create_accelerator
 from distill.recipe import Recipe, load_recipe
 from distill.run import claim_run_dir, read_metrics
-from distill.schema import PhaseRecipe
-from distill.train import train
+from distill.schema import PhaseRecipe, StudentRecipe
+from distill.train import prepare, student_config, train
 from distill.training.monitor import Monitor, Step
 from embeddings_cache.images.preprocessing import pad_pixels, to_encoder_input
 from embeddings_cache.shards.reader import EmbeddingsCache
-from students import InputError, create_student, load_student, read_metadata
+from students import InputError, build_encoder, create_student, load_student, read_metadata
 from support import TINY, places
 
 
@@ -44,6 +46,22 @@ def metrics(run_dir: str | Path) -> list[dict]:
     lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
     assert all(line.pop("images_per_second", 1) > 0 and 0 <= line.pop("loader_wait", 0) < 1 for line in lines)
     return lines
+
+
+def test_norms_of_all_processes_keep_the_activations_that_timm_puts_into_them(
+    recipe: Recipe, accelerator: Accelerator
+) -> None:
+    recipe.student = StudentRecipe("mobilenetv4_conv_small", 64, "pyramid", neck_depth=1)
+    recipe.train.batch_norm = "sync"
+    two = SimpleNamespace(num_processes=2, prepare=lambda *each: each, device=accelerator.device)
+    torch.manual_seed(0)
+    student, _, _ = prepare(recipe, 128, two)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    expected = build_encoder(student_config(recipe, 128)).eval()
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in student.modules())
+    image = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        torch.testing.assert_close(student.eval()(image), expected(image), atol=1e-5, rtol=0)
 
 
 def plain_training(recipe: Recipe) -> dict[str, torch.Tensor]:

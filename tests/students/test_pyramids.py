@@ -142,6 +142,23 @@ def test_files_from_before_there_were_pyramids_load(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "claim",
+    [
+        {"name": "vit_7b_patch16_dinov3", "neck": "pyramid"},
+        {"neck": "pyramid", "neck_depth": 10**9},
+        {"image_size": 64_000_000, "input_size": 32, "neck": "pyramid"},
+        {"overrides": {"embed_dim": [80_000] * 4, "depth": [1] * 4}},
+    ],
+)
+def test_what_a_file_says_of_itself_takes_no_memory(claim: dict, tmp_path: Path) -> None:
+    student = {"name": "repvit_m0_9", "image_size": 128, "embed_dim": 64, "overrides": {}, **claim}
+    metadata = {"format": "sam-distill student", "student": json.dumps(student)}
+    save_file({"x": torch.zeros(1)}, tmp_path / "s.safetensors", metadata)
+    with pytest.raises(InputError, match=r"does not say what student it holds|cannot be cut|does not hold the weights"):
+        load_student(tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"name": "repvit_m0_9", "input_size": 300}, "input_size 300 of student 'repvit_m0_9' does not divide"),
@@ -152,6 +169,14 @@ def test_files_from_before_there_were_pyramids_load(tmp_path: Path) -> None:
         ({"name": "repvit_m0_9", "neck": "fpn"}, "unknown neck 'fpn'; known: sam, pyramid"),
         ({"name": "repvit_m0_9", "neck_depth": -1}, "neck_depth -1, neck_expand 1: at least 0 and 1"),
         ({"name": "efficientvit_xl0", "input_size": 32}, r"stages at \[16, 32, 64\] px, which do not divide 32 px"),
+        ({"name": "repvit_m0_9", "image_size": 192, "input_size": 64}, "do not fit: all, 1/2, 1/4, ... do"),
+        ({"name": "repvit_m0_9", "widths": [8, 8], "depths": [1, 1]}, "has stages at 4, 8 px; neck=pyramid"),
+        ({"name": "efficientvit_l0", "depths": [1, 1]}, "neck=pyramid needs|does not take these overrides"),
+        ({"name": "convnext_atto", "act_layer": "foo"}, "does not take these overrides"),
+        ({"name": "efficientvit_xl0", "head_dim": 0}, "does not take these overrides"),
+        ({"name": "resnet18d", "neck": "sam"}, "student 'resnet18d' does not take 1024 px"),
+        ({"name": "swin_tiny_patch4_window7_224"}, "'swin_tiny_patch4_window7_224' does not take 1024 px"),
+        ({"name": "repvit_m0_9", "neck": "sam", "neck_depth": 8}, "neck_depth and neck_expand .* go with neck=pyramid"),
         ({"name": "vit_base_patch16_224"}, "'vit_base_patch16_224' cannot be cut into stages; neck=pyramid needs"),
         ({"name": "fastvit_mci3", "overrides": {"layers": 3}}, "does not take these overrides|has no 'overrides'"),
         ({"name": "repvit_m0_9", "widths": [8] * 3, "depths": [1] * 3}, "has stages at 4, 8, 16 px; neck=pyramid"),

@@ -56,7 +56,6 @@ def export_coreml_encoder(
             parity["runtime"] = reference.parity(coreml_encode(CoremlRuntime(temporary), size))
             within(path.name, parity["runtime"], COMPRESSED if bits else FLOAT16)
         parity = within(path.name, parity, COMPRESSED if bits else FLOAT16)
-    cells = size // 16
     return {
         "format": "coreml",
         "precision": f"float16, weights in {bits} bits" if bits else "float16",
@@ -70,7 +69,7 @@ def export_coreml_encoder(
                 "padding_colour": list(PADDING_COLOUR),
             }
         },
-        "outputs": {"image_embeddings": {"shape": [1, reference.channels, cells, cells], "dtype": "float16"}},
+        "outputs": {"image_embeddings": {"shape": list(reference.embeddings[0].shape), "dtype": "float16"}},
         "parity": parity,
     }
 

@@ -45,9 +45,8 @@ def snippet(name: str, manifest: dict[str, Any]) -> str:
     """A client's code, for the files of this export."""
     encoders = [made for made in manifest["files"] if made.startswith("encoder")]
     text = _resource(f"snippets/{name}").strip().replace("encoder.onnx", next(iter(encoders), "encoder.onnx"))
-    for name in ("image_size", "input_size"):
-        word, value = name.removeprefix("image_").removesuffix("_size"), manifest["student"][name]
-        text = re.sub(rf"(\b{word} = )1024", rf"\g<1>{value}", text, count=1, flags=re.IGNORECASE)
+    for word, key in (("size", "image_size"), ("input", "input_size")):
+        text = re.sub(rf"(\b{word} = )1024", rf"\g<1>{manifest['student'][key]}", text, count=1, flags=re.IGNORECASE)
     return text
 
 

@@ -86,6 +86,20 @@ def test_linear_attention_is_timms_exactly(seeded: None) -> None:
         torch.testing.assert_close(found, expected, atol=1e-6 * magnitude, rtol=0)  # its sums are in float32
 
 
+@torch.no_grad()
+def test_linear_attention_takes_as_large_keys_as_float16_holds(seeded: None) -> None:
+    """At 64 × 64 cells, where a key times the root of their number would be beyond it."""
+    attention = LiteMLA(32, 32, dim=16).eval()
+    attention.eps = 1e-15
+    x = torch.randn(1, 32, 64, 64)
+    attention.qkv.conv.weight *= 3000
+    attention.proj.conv.weight /= 3000
+    assert 3000 < attention.qkv(x).abs().max() < 20000
+    expected = attention(x)
+    found = LinearAttention(attention).half()(x.half()).float()
+    assert (found - expected).norm() / expected.norm() < 5e-3
+
+
 @pytest.mark.parametrize("factor", [0.5, 2, 4, 8])
 def test_bicubic_interpolation_is_pytorchs(factor: float) -> None:
     x = torch.randn(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
