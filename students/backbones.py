@@ -6,6 +6,7 @@ its stages lie, and `forward_intermediates` gives their outputs.
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -91,7 +92,7 @@ def build_backbone(
     try:
         backbone = _model(name, downloaded, **_arguments(name, overrides))
         if len(strides(backbone)) >= stages:
-            backbone.prune_intermediate_layers(stages, prune_norm=True, prune_head=True)  # type: ignore[operator]
+            _cut(backbone, stages)
     except InputError:
         raise
     except OSError as error:
@@ -101,11 +102,18 @@ def build_backbone(
     except Exception as error:  # timm's models raise of many kinds where numbers do not go together
         what = "does not take these overrides" if overrides else "cannot be built"
         raise InputError(f"student {name!r} {what}: {first_line(error)}") from error
-    if hasattr(backbone, "head"):
-        backbone.head = nn.Identity()
     if not isinstance(pretrained, bool):
         load_from_file(backbone, Path(pretrained), _timm_name(name), _whole_names(name))
     return backbone
+
+
+def _cut(backbone: nn.Module, stages: int) -> None:
+    """Leave out, in place, what lies behind the last stage, also what timm before 1.0.31 does not prune itself."""
+    with suppress(AssertionError):  # it cannot prune EfficientViT, whose head is all that there is to leave out
+        backbone.prune_intermediate_layers(stages, prune_norm=True, prune_head=True)  # type: ignore[operator]
+    for name in ("head", "final_conv", "conv_head"):
+        if isinstance(getattr(backbone, name, None), nn.Module):
+            setattr(backbone, name, nn.Identity())
 
 
 def strides(backbone: nn.Module) -> list[int]:

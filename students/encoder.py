@@ -188,7 +188,11 @@ def _tried(student: StudentEncoder) -> StudentEncoder:
     cells = config.image_size // STRIDE
     try:
         with torch.no_grad():
-            found = deepcopy(student).to("meta")(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))
+            found = (
+                deepcopy(student)
+                .eval()
+                .to("meta")(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))
+            )
     except Exception as error:  # of whatever kind a stranger to the table raises
         raise InputError(f"student {config.name!r} does not take {config.side} px: {first_line(error)}") from error
     if found.shape != (1, config.embed_dim, cells, cells):

@@ -145,7 +145,7 @@ def load_onnxruntime(
         return session(len(pixels)).run(None, {"image": pixels})[0]
 
     def decode(embedding: np.ndarray) -> np.ndarray:
-        inputs = decoder_inputs(embedding, image.shape[2])
+        inputs = decoder_inputs(embedding)
         taken = {each.name: inputs[each.name] for each in decoder().get_inputs()}
         return decoder().run(["low_res_masks"], taken)[0]
 
@@ -171,7 +171,7 @@ def onnx_images(path: Path) -> int | str:
     return shape.dim[0].dim_value or shape.dim[0].dim_param
 
 
-def decoder_inputs(embedding: np.ndarray, size: int) -> dict[str, np.ndarray]:
+def decoder_inputs(embedding: np.ndarray) -> dict[str, np.ndarray]:
     """All that a decoder with segment-anything's inputs may ask for: a point, no earlier mask, an image of S × S."""
     cells = embedding.shape[-1]
     return {
@@ -179,7 +179,7 @@ def decoder_inputs(embedding: np.ndarray, size: int) -> dict[str, np.ndarray]:
         **PROMPT,
         "mask_input": np.zeros((1, 1, 4 * cells, 4 * cells), dtype=np.float32),
         "has_mask_input": np.zeros(1, dtype=np.float32),
-        "orig_im_size": np.array([size, size], dtype=np.float32),
+        "orig_im_size": np.array([16 * cells, 16 * cells], dtype=np.float32),
     }
 
 
@@ -206,7 +206,7 @@ def load_openvino(contender: Contender, folder: Path, threads: int) -> Runner:
     decoder = cache(lambda: core.compile_model(core.read_model(decoder_path), "CPU", settings))
 
     def decode(embedding: np.ndarray) -> np.ndarray:
-        inputs = decoder_inputs(embedding, size)
+        inputs = decoder_inputs(embedding)
         return decoder()({each.any_name: inputs[each.any_name] for each in decoder().inputs})["low_res_masks"]
 
     reason = f"no decoder.onnx beside {path.name}"

@@ -16,6 +16,7 @@ from distill.export.files import digest as file_digest
 from distill.export.files import size as file_size
 from embeddings_cache.system import read_json, sha256
 from students import (
+    PUBLISHED,
     VITS,
     InputError,
     StudentConfig,
@@ -38,9 +39,16 @@ from students import (
 VIT_SIZE = 1024
 """Side of the input that segment-anything's encoders are built for."""
 
+EFFICIENTVIT_SAMS = [name for name in PUBLISHED if name.startswith("efficientvit")]
 GROUPS: dict[str, Callable[[], list[str]]] = {
-    "recipes": lambda: ["repvit_m0_9", "repvit_m1_1", "repvit_m2_3", "tiny_vit_5m"],
-    "students": lambda: [name for name in known_architectures() if name not in VITS and not name.endswith("-fuse")],
+    "recipes": lambda: [
+        *("repvit_m0_9", "repvit_m1_1", "repvit_m2_3", "tiny_vit_5m", "repvit_m1_1-pyramid-512"),
+        *EFFICIENTVIT_SAMS[:2],
+    ],
+    "students": lambda: [
+        *(name for name in list_students() if name.startswith(("repvit", "tiny_vit")) and not name.endswith("_224")),
+        *EFFICIENTVIT_SAMS,
+    ],
     "sam": lambda: list(VITS),
 }
 """Names for several at once."""

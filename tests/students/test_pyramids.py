@@ -55,7 +55,7 @@ def test_folding_keeps_the_outputs(name: str, seeded: None) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["efficientvit_l0", "repvit_m0_9"])
+@pytest.mark.parametrize("name", OF_EACH_FAMILY)
 @torch.no_grad()
 def test_half_precision_and_channels_last(name: str, dtype: torch.dtype, seeded: None) -> None:
     student = randomize_norms(create_student(name, 128, 64, neck="pyramid", neck_depth=1, input_size=64)).eval()
@@ -99,10 +99,11 @@ def test_native_is_what_comes_after_the_reduction() -> None:
     assert torch.equal(native.fused()(Reduction(2)(image)), student.fused()(image))
 
 
-def test_segment_anythings_own_classes_take_it() -> None:
-    """EfficientViT at half the pixels in the predictor and in the mask generator, neither of which knows."""
+@pytest.mark.parametrize("name", OF_EACH_FAMILY)
+def test_segment_anythings_own_classes_take_it(name: str) -> None:
+    """At half the pixels in the predictor and in the mask generator, neither of which knows."""
     torch.manual_seed(0)
-    student = create_student("efficientvit_b0", 256, neck="pyramid", neck_depth=1, input_size=128)
+    student = create_student(name, 256, neck="pyramid", neck_depth=1, input_size=128)
     sam = build_student_sam(student, untrained_sam(nn.Identity(), 256))
     image = generate_scene(np.random.default_rng(5), 200)[0]
     predictor = SamPredictor(sam)
@@ -113,6 +114,7 @@ def test_segment_anythings_own_classes_take_it() -> None:
     records = SamAutomaticMaskGenerator(
         sam, points_per_side=2, pred_iou_thresh=-10.0, stability_score_thresh=0.0
     ).generate(image)
+    assert records
     assert all(record["segmentation"].shape == image.shape[:2] for record in records)
 
 
