@@ -2,6 +2,7 @@
 
 import torch
 from segment_anything.modeling.common import LayerNorm2d
+from timm.layers.grn import GlobalResponseNorm
 from timm.models.efficientvit_mit import LiteMLA
 from torch import nn
 from torch.nn.functional import conv2d, layer_norm, pad, pixel_shuffle, relu
@@ -14,6 +15,8 @@ def for_runtimes(module: nn.Module) -> nn.Module:
             setattr(module, name, ChannelNorm(child))
         elif isinstance(child, LiteMLA):
             setattr(module, name, LinearAttention(child))
+        elif isinstance(child, GlobalResponseNorm):
+            setattr(module, name, ResponseNorm(child))
         elif isinstance(child, nn.Upsample) and child.mode == "bicubic":
             setattr(module, name, bicubic(float(child.scale_factor)))  # type: ignore[arg-type]
         else:
@@ -66,6 +69,25 @@ class LinearAttention(nn.Module):
         attended = sums @ (q / or_one(q.amax(2, keepdim=True)))
         attended = attended[:, :, :-1] / or_one(attended[:, :, -1:])
         return self.proj(attended.reshape(batch, -1, height, width))
+
+
+class ResponseNorm(nn.Module):
+    """ConvNeXt V2's global response normalisation (arXiv:2301.00808, section 4), of a map with channels first or last.
+
+    A channel's norm over all cells is a root of a sum of squares, which overflows in float16; here it is one of their
+    mean, of values by the largest, for only ratios of norms are used.
+    """
+
+    def __init__(self, norm: GlobalResponseNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.shape = norm.weight, norm.bias, norm.wb_shape
+        self.spatial, self.channel = norm.spatial_dim, norm.channel_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scaled = x / or_one(x.abs().amax((1, 2, 3), keepdim=True))
+        norms = scaled.square().mean(self.spatial, keepdim=True).sqrt()
+        shares = norms / or_one(norms.mean(self.channel, keepdim=True))
+        return x + (self.bias.view(self.shape) + self.weight.view(self.shape) * (x * shares))
 
 
 def or_one(x: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ NARROW = {
 def randomize_norms(model: nn.Module) -> nn.Module:
     """Give every norm the statistics and weights of a trained one; at their initial values fusing proves nothing."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d | LayerNorm2d):
+        if isinstance(module, nn.BatchNorm2d | LayerNorm2d | nn.LayerNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.3, 0.3)
         if isinstance(module, nn.BatchNorm2d):
@@ -39,6 +39,11 @@ def small_pyramid(name: str, image_size: int = 128) -> StudentEncoder:
         student = create_student(
             name, image_size, 64, neck="pyramid", neck_depth=1, input_size=image_size // 2, **numbers
         )
+        for key, parameter in student.named_parameters():
+            if (
+                parameter.ndim == 1
+            ):  # biases of 0, and layer scales of 10⁻⁶, leave norms nothing to normalise but rounding
+                nn.init.uniform_(parameter, *((0.3, 1.0) if key.endswith("gamma") else (-0.3, 0.3)))
         return randomize_norms(student).eval().requires_grad_(False)
 
 
