@@ -6,6 +6,7 @@ from students.architectures import (
     Contents,
     config_by_name,
     known_architectures,
+    other_sizes,
     published_name,
     vit_encoder,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "list_students",
     "load_checkpoint",
     "load_student",
+    "other_sizes",
     "published_name",
     "read_metadata",
     "require_decoder",

@@ -17,7 +17,7 @@ import torch
 from timm.models.efficientvit_mit import EfficientVitLarge, LiteMLA
 from torch import nn
 
-from students.efficientvit import efficientvit_xl
+from students.efficientvit import NORM_EPS, efficientvit_xl
 from students.errors import InputError, first_line
 from students.imagenet import load_from_file, refuse_without_network, repository_of
 
@@ -39,7 +39,10 @@ class Own:
 
 
 OWN = {
-    "efficientvit_l0": Own(EfficientVitLarge, {"widths": (32, 64, 128, 256, 512), "depths": (1, 1, 1, 4, 4)}),
+    "efficientvit_l0": Own(
+        EfficientVitLarge,
+        {"widths": (32, 64, 128, 256, 512), "depths": (1, 1, 1, 4, 4), "head_widths": (1, 1), "num_classes": 0},
+    ),
     "efficientvit_xl0": Own(efficientvit_xl, {"depths": (0, 1, 1, 2, 3, 3)}),
     "efficientvit_xl1": Own(efficientvit_xl, {"depths": (1, 2, 2, 4, 6, 6)}),
 }
@@ -58,13 +61,19 @@ def list_students() -> list[str]:
 
     `create_student` also takes timm's other models, where they can be cut into stages.
     """
+    return list(_listed())
+
+
+@cache
+def _listed() -> tuple[str, ...]:
     names = timm.list_models(FAMILIES)
-    return sorted({name.removesuffix("_224") for name in names if name.startswith("tiny_vit")} | set(names) | set(OWN))
+    short = {name.removesuffix("_224") for name in names if name.startswith("tiny_vit")}
+    return tuple(sorted({*names, *short, *OWN}))
 
 
 def is_known(name: str) -> bool:
-    """Whether a name is one that `create_student` may take."""
-    return name in OWN or _timm_name(name) in timm.list_models()
+    """Whether a name is one that `create_student` may take; names of weights (`NAME.TAG`) are not."""
+    return name in OWN or ("." not in name and timm.is_model(_timm_name(name)))
 
 
 def check_pretrained(name: str) -> None:
@@ -111,8 +120,10 @@ def _cut(backbone: nn.Module, stages: int) -> None:
     """Leave out, in place, what lies behind the last stage, also what timm before 1.0.31 does not prune itself."""
     with suppress(AssertionError):  # it cannot prune EfficientViT, whose head is all that there is to leave out
         backbone.prune_intermediate_layers(stages, prune_norm=True, prune_head=True)  # type: ignore[operator]
+    info: Any = backbone.feature_info
+    in_stages = {stage["module"].partition(".")[0] for stage in info}
     for name in ("head", "final_conv", "conv_head"):
-        if isinstance(getattr(backbone, name, None), nn.Module):
+        if name not in in_stages and isinstance(getattr(backbone, name, None), nn.Module):
             setattr(backbone, name, nn.Identity())
 
 
@@ -131,15 +142,11 @@ def widths(backbone: nn.Module) -> list[int]:
 
 
 def _model(name: str, pretrained: bool = False, **numbers: Any) -> nn.Module:
-    own = OWN.get(name)
-    if own is not None:
-        arguments = {**own.numbers, **numbers}
-        if own.build is EfficientVitLarge:
-            arguments = {"norm_eps": 1e-6, "head_widths": (1, 1), "num_classes": 0, **arguments}
-        model = own.build(**arguments)
+    if name.startswith("efficientvit_l"):
+        numbers = {"norm_eps": NORM_EPS, **numbers}
+    if name in OWN:
+        model = OWN[name].build(**{**OWN[name].numbers, **numbers})
     else:
-        if name.startswith("efficientvit_l"):
-            numbers = {"norm_eps": 1e-6, **numbers}
         model = timm.create_model(_timm_name(name), pretrained=pretrained, num_classes=0, **numbers)
     for module in model.modules():
         if isinstance(module, LiteMLA):
@@ -148,7 +155,7 @@ def _model(name: str, pretrained: bool = False, **numbers: Any) -> nn.Module:
 
 
 def _timm_name(name: str) -> str:
-    return f"{name}_224" if name.startswith("tiny_vit") and name not in timm.list_models() else name
+    return f"{name}_224" if name.startswith("tiny_vit") and not timm.is_model(name) else name
 
 
 @cache

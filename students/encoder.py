@@ -32,6 +32,9 @@ DOWNSAMPLES = ("stride1", "fuse")
 NECKS = ("sam", "pyramid")
 """sam: SAM's own, behind a last stage at stride 16. pyramid: EfficientViT-SAM's, of the last three stages."""
 
+LARGEST_RATIO, DEEPEST_NECK = 16, 100
+"""Of image_size to input_size, and of a pyramid; a stranger's file must not decide how much memory is asked for."""
+
 PYRAMIDS = ([8, 16, 32], [16, 32, 64])
 """Strides of the last three stages that a pyramid is made of."""
 
@@ -186,13 +189,10 @@ def _tried(student: StudentEncoder) -> StudentEncoder:
     if config.name in list_students():
         return student
     cells = config.image_size // STRIDE
+    image = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
     try:
         with torch.no_grad():
-            found = (
-                deepcopy(student)
-                .eval()
-                .to("meta")(torch.empty(1, 3, config.image_size, config.image_size, device="meta"))
-            )
+            found = deepcopy(student).eval().to("meta")(image)
     except Exception as error:  # of whatever kind a stranger to the table raises
         raise InputError(f"student {config.name!r} does not take {config.side} px: {first_line(error)}") from error
     if found.shape != (1, config.embed_dim, cells, cells):
@@ -211,9 +211,10 @@ def _check_numbers(config: StudentConfig) -> None:
             raise InputError(f"unknown {key} {value!r}; known: {', '.join(known)}")
     if size % 64 or size <= 0:
         raise InputError(f"image_size {size} of student {name!r} is not a multiple of 64")
-    if side <= 0 or size % side or side % 32:
+    if side <= 0 or size % side or side % 32 or size // side > LARGEST_RATIO:
         raise InputError(
-            f"input_size {side} of student {name!r} does not divide image_size {size}, or is no multiple of 32"
+            f"input_size {side} of student {name!r} does not divide image_size {size}, is no multiple of 32, or is "
+            f"less than 1/{LARGEST_RATIO} of it"
         )
     if config.neck == "sam" and side != size:
         raise InputError(f"input_size {side} of student {name!r} goes with neck=pyramid; neck=sam needs all {size} px")
@@ -222,8 +223,11 @@ def _check_numbers(config: StudentConfig) -> None:
     numbers = (config.neck_depth, config.neck_expand)
     if config.neck == "sam" and numbers != (StudentConfig.neck_depth, StudentConfig.neck_expand):
         raise InputError(f"neck_depth and neck_expand of student {name!r} go with neck=pyramid")
-    if config.neck_depth < 0 or config.neck_expand < 1:
-        raise InputError(f"neck_depth {config.neck_depth}, neck_expand {config.neck_expand}: at least 0 and 1")
+    if not 0 <= config.neck_depth <= DEEPEST_NECK or config.neck_expand < 1:
+        raise InputError(
+            f"neck_depth {config.neck_depth}, neck_expand {config.neck_expand} of student {name!r}: "
+            f"0 to {DEEPEST_NECK}, and at least 1"
+        )
 
 
 def _check_pyramid(backbone: nn.Module, config: StudentConfig) -> None:

@@ -30,6 +30,7 @@ from students import (
     list_students,
     load_checkpoint,
     load_student,
+    other_sizes,
     require_decoder,
     untrained_sam,
     vit_encoder,
@@ -46,7 +47,7 @@ GROUPS: dict[str, Callable[[], list[str]]] = {
         *EFFICIENTVIT_SAMS[:2],
     ],
     "students": lambda: [
-        *(name for name in list_students() if name.startswith(("repvit", "tiny_vit")) and not name.endswith("_224")),
+        *dict.fromkeys(config.name for config in other_sizes()),
         *EFFICIENTVIT_SAMS,
     ],
     "sam": lambda: list(VITS),

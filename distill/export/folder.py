@@ -97,6 +97,8 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
         say(f"export: {subject.note}")
     kept = clear(directory, inputs)
     wanted = [name for kind in wanted_formats(recipe) for name in FORMATS[kind] if name not in kept]
+    if recipe.export.input == "native" and subject.encoder is subject.whole:
+        say(f"export: export.input=native changes nothing, for {subject.name} looks at all {subject.image_size} px")
     with conversions(recipe, wanted) as coreml:
         rows, images_from = validation_rows(recipe, subject.image_size)
         reference = Reference(subject.encoder, subject.sam, rows, images_from)
@@ -129,7 +131,8 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
 
 def native_masks(subject: Subject, reference: Reference) -> dict[str, Any]:
     """Of encoders that take fewer pixels than `image_size`: the mean IoU of their masks with those of the encoder that
-    reduces the whole image itself, as it does in training. Resized once or twice, a picture is not quite the same."""
+    reduces the whole image itself, as it does in training. Here that image is reduced before; a photograph that is
+    resized at once differs more (docs/students.md)."""
     if reference.image_size == subject.image_size:
         return {}
     whole = Reference(subject.whole, subject.sam, reference.rows, reference.images_from)

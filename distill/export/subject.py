@@ -118,8 +118,9 @@ def _learnt_otherwise(encoder: nn.Module) -> str | None:
 
 def _as_asked(encoder: nn.Module, recipe: Recipe) -> nn.Module:
     """An encoder that takes what `export.input` says."""
-    native = recipe.export.input == "native" and isinstance(encoder, StudentEncoder)
-    return encoder.native() if native else encoder  # type: ignore[operator]
+    if recipe.export.input == "native" and isinstance(encoder, StudentEncoder) and encoder.config.input_size:
+        return encoder.native()
+    return encoder
 
 
 def _with_decoder(student: StudentEncoder, path: Path, recipe: Recipe) -> tuple[Sam | None, str | None]:
