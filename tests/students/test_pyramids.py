@@ -26,7 +26,7 @@ OF_EACH_FAMILY = (
     "fastvit_sa12", "mobilenetv4_conv_small", "mobilenetv4_hybrid_medium", "convnext_atto", "convnextv2_atto",
     "ghostnetv3_100",
 )  # fmt: skip
-NOT_LISTED = ("resnet18", "nfnet_f0", "selecsls42", "hgnetv2_b0", "shvit_s1", "mobileone_s0", "edgenext_xx_small")
+NOT_LISTED = ("resnet18", "resnet33ts", "mobilevit_s", "hgnetv2_b0", "shvit_s1", "mobileone_s0", "edgenext_xx_small")
 FOLDED = ("repvit_m0_9", "fastvit_t8", "efficientvit_b0", "efficientvit_xl0")
 NARROW = {"widths": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 
