@@ -13,7 +13,7 @@ from distill.recipe import (
     load_recipe,
     to_yaml,
 )
-from distill.train import student_config
+from distill.student import student_config
 from students import PUBLISHED, InputError
 
 PAPERS = [

@@ -17,7 +17,8 @@ from distill.launch import create_accelerator
 from distill.recipe import Recipe, load_recipe
 from distill.run import claim_run_dir, read_metrics
 from distill.schema import PhaseRecipe, StudentRecipe
-from distill.train import prepare, student_config, train
+from distill.student import student_config
+from distill.train import prepare, train
 from distill.training.monitor import Monitor, Step
 from embeddings_cache.images.preprocessing import pad_pixels, to_encoder_input
 from embeddings_cache.shards.reader import EmbeddingsCache
