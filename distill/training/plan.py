@@ -97,8 +97,8 @@ class Plan:
                 rate = f"learning rate up to {schedule.peak:.3g} in {schedule.warmup} steps, down to {schedule.end:.3g}"
                 if settings.lr_per:
                     rate += f" ({settings.lr:g} is for a batch of {settings.lr_per}, this one is {settings.batch_size})"
-            steps = settings.epochs * self.steps_per_epoch
-            yield f"{named}{settings.epochs} epochs, {steps:,} steps, {losses}; {rate}"
+            epochs = f"{settings.epochs} epoch{'s' if settings.epochs > 1 else ''}"
+            yield f"{named}{epochs}, {settings.epochs * self.steps_per_epoch:,} steps, {losses}; {rate}"
 
 
 def check_batch(recipe: Recipe, processes: int) -> None:
