@@ -124,7 +124,8 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
             due = monitor.add(Step(step, mean_losses(micro_steps), norm, keys), phase.settings)
             micro_steps, keys = [], []
             epoch_ends, last = step % plan.steps_per_epoch == 0, step == plan.steps
-            to_log, to_save = step % settings.log_every == 0 or last, step % settings.checkpoint_every == 0
+            to_log = step % settings.log_every == 0 or last or plan.phase(step) is not phase
+            to_save = step % settings.checkpoint_every == 0
             if not (due or epoch_ends or to_log or to_save):
                 continue
             try:
