@@ -15,7 +15,7 @@ from distill.training.truth_loss import TruthLoss
 
 PerCell = Callable[[torch.Tensor, torch.Tensor, TrainRecipe], torch.Tensor]
 
-OF_EMBEDDINGS: dict[str, PerCell] = {
+EMBEDDING_LOSSES: dict[str, PerCell] = {
     # Decoupled distillation: MobileSAM (arXiv:2306.14289), section 3.2.
     "mse": lambda student, teacher, _: (student - teacher).square().mean(dim=1),
     "l1": lambda student, teacher, _: (student - teacher).abs().mean(dim=1),
@@ -61,8 +61,8 @@ class Objective:
         names = [name for name, weight in settings.loss.items() if weight]
         terms = {}
         counted = self._counted(teacher, input_size, settings.ignore_padding)
-        for name in (name for name in names if name in OF_EMBEDDINGS):
-            distances = OF_EMBEDDINGS[name](student, teacher, settings)
+        for name in (name for name in names if name in EMBEDDING_LOSSES):
+            distances = EMBEDDING_LOSSES[name](student, teacher, settings)
             terms[name] = ((distances * counted).sum(dim=(1, 2)) / counted.sum(dim=(1, 2))).mean()
         if wants_teacher_masks(settings):
             assert self.decoder is not None
