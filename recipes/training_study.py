@@ -1,7 +1,7 @@
 """What ways to train and necks are worth: `python -m recipes.training_study` makes the tables of docs/training.md,
 `--study students` that of docs/students.md.
 
-The quickstart, each variant with a few seeds, and no other difference: the same scenes, held-out scenes and teacher. What
+The quickstart, each variant with a few seeds, and no other difference: same scenes, held-out scenes and teacher. What
 ends in masks goes on from one and the same student for each seed. What is there already is not run again. A study takes
 one to two hours with `--jobs 2` on two cores.
 """

@@ -17,6 +17,7 @@ import torch
 from timm.models.efficientvit_mit import EfficientVitLarge, LiteMLA
 from torch import nn
 
+from students.depthwise import scale_channels
 from students.efficientvit import NORM_EPS, efficientvit_xl
 from students.errors import InputError, first_line
 from students.imagenet import load_from_file, refuse_without_network, repository_of
@@ -151,6 +152,7 @@ def _model(name: str, pretrained: bool = False, **numbers: Any) -> nn.Module:
     for module in model.modules():
         if isinstance(module, LiteMLA):
             module.eps = 1e-15  # its authors'; timm's 1e-5 is for half precision
+    scale_channels(model)
     return model
 
 

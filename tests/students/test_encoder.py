@@ -12,6 +12,7 @@ from segment_anything.modeling.common import LayerNorm2d
 from torch import nn
 
 from students import DOWNSAMPLES, InputError, StudentEncoder, create_student, list_students
+from students.depthwise import ChannelScale
 from support import ROOT
 
 QUICK = (("repvit_m0_9", "stride1"), ("repvit_m1", "fuse"), ("tiny_vit_5m", "stride1"), ("tiny_vit_5m", "fuse"))
@@ -26,6 +27,27 @@ def test_every_student_has_one_cell_every_16_pixels(name: str, downsample: str) 
     with torch.no_grad():
         assert student(torch.randn(1, 3, 128, 128)).shape == (1, 256, 8, 8)
         assert student(torch.randn(1, 3, 192, 192)).shape == (1, 256, 12, 12)  # no multiple of a window
+
+
+def test_channels_are_scaled_as_timms_convolutions_do() -> None:
+    """The backbone alone is timm's; seed, outputs, statistics and gradients are the same."""
+    torch.manual_seed(0)
+    ours = create_student("repvit_m0_9", 64).backbone
+    assert sum(isinstance(module, ChannelScale) for module in ours.modules()) > 5
+    torch.manual_seed(0)
+    theirs = timm.create_model("repvit_m0_9", num_classes=0)
+    theirs.stages[3].downsample.spatial_downsample.c.stride = (1, 1)
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    image = torch.randn(2, 3, 64, 64)
+    expected, found = (
+        model.forward_features(image) for model in (theirs.double(), ours.double()) for image in [image.double()]
+    )
+    torch.testing.assert_close(found, expected)
+    for output in (expected, found):
+        output.square().mean().backward()
+    wanted = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name].grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
