@@ -91,11 +91,16 @@ def load_photographs(recipe: Recipe, accelerator: Accelerator) -> tuple[list[Pho
     with progress_bar(accelerator, "photographs", "images") as progress:
         for sample in _read(recipe, recipe.data.images, account):
             progress.update()
-            photograph = shrink(sample)
+            try:
+                photograph = shrink(sample)
+            except ValueError as error:
+                account.skipped(sample.key, str(error))
+                continue
             unlabelled += not photograph.masks
             found += [photograph] if photograph.masks else []
     if not found:
-        why = f"{unlabelled} images without masks beside them" if unlabelled else skipped[0] if skipped else "no image"
+        small = f"{MIN_AREA} px or more, the image being resized to {TOY_IMAGE_SIZE} px"
+        why = f"{unlabelled} images without a mask of {small}" if unlabelled else skipped[0] if skipped else "no image"
         raise InputError(f"images={recipe.data.images}: none with masks to learn from: {why}")
     if recipe.evaluate.data is None:
         ranked = sorted(photograph.key for photograph in found)
@@ -131,13 +136,17 @@ def _read(recipe: Recipe, images: str | list[str], account: Account, keys: set[s
 
 
 def shrink(sample: Sample) -> Photograph:
-    """A sample as it is kept in memory; masks that vanish are left out."""
+    """A sample as it is kept in memory; masks that are too small to learn from are left out.
+
+    Raises:
+        ValueError: the picture is too elongated.
+    """
     size = min(KEPT_SIZE, max(sample.original_size))
     image = resize_longest_side(sample.image, size)
     masks = []
     for mask in decode_masks(sample.annotation) if sample.annotation else ():
         small = _resized(mask, image.shape[:2])
-        masks += [encode_rle(small)] if small.any() else []
+        masks += [encode_rle(small)] if small.sum() >= MIN_AREA * (size / TOY_IMAGE_SIZE) ** 2 else []
     return Photograph(sample.key, image, masks)
 
 

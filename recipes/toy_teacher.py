@@ -70,11 +70,12 @@ MASKS = 6
 LEARNING_RATE = 1e-3
 WARMUP = 200
 SAVE_EVERY = 1000
+PARTIAL = ".partial.safetensors"
 MIN_AREA = 25
 MEASURED_SCENES = 200
 
-PHOTOGRAPH_STEPS = 600
-PHOTOGRAPH_LEARNING_RATE = 5e-4
+PHOTOGRAPH_STEPS, SAVE_PHOTOGRAPHS_EVERY = 500, 100
+"""About half an hour of one core for a few hundred photographs."""
 
 PACKAGE_WEIGHTS = Path(str(files("embeddings_cache.teacher") / WEIGHTS))
 
@@ -93,7 +94,8 @@ class Course:
         phases: image size and optimizer steps.
         shorter: how many times fewer steps are taken.
         masks: of a picture, at most.
-        learning_rate: at its peak, after `warmup` steps.
+        warmup: steps until the learning rate has its peak.
+        save_every: so many steps weights are saved, and measured on a few pictures.
         dtype: that the encoder computes in.
         start: weights to begin with; drawn ones where there are none.
     """
@@ -101,11 +103,11 @@ class Course:
     pictures: Sequence[Any]
     augment: Callable[[Any, int, np.random.Generator], Example]
     measure: Callable[[Sam, int | None], dict[str, float]]
-    phases: Sequence[tuple[int, int]] = PHASES
+    phases: Sequence[tuple[int, int]]
     shorter: int = 1
     masks: int = MASKS
-    learning_rate: float = LEARNING_RATE
     warmup: int = WARMUP
+    save_every: int = SAVE_EVERY
     dtype: torch.dtype = torch.bfloat16
     start: dict[str, torch.Tensor] | None = None
 
@@ -117,12 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("photographs", nargs="*", metavar="key=value", help=keys)
     parser.add_argument("--out", type=Path, default=PACKAGE_WEIGHTS, help="where the weights go (default: %(default)s)")
     parser.add_argument("--short", type=int, default=1, metavar="N", help="make all N times shorter, to try it out")
-    parser.add_argument(
-        "--steps", type=int, default=PHOTOGRAPH_STEPS, help=f"of {BATCH} photographs each (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--start", default="toy", help="photographs: toy, from the package's weights; none, from drawn ones; or a FILE"
-    )
+    parser.add_argument("--steps", type=int, help=f"of {BATCH} photographs each (default: {PHOTOGRAPH_STEPS})")
+    start = "photographs: begin with weights that this script made, or with none (default: those of the package)"
+    parser.add_argument("--start", metavar="FILE", help=start)
     options = parser.parse_args(arguments)
     try:
         run(options)
@@ -143,7 +142,9 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"{what}: say --out FILE.safetensors, so that the package keeps its weights")
     if options.out.suffix != ".safetensors" or not options.out.parent.is_dir():
         raise InputError(f"--out {options.out} is no *.safetensors in a directory that is there")
-    if min(options.short, options.steps) < 1:
+    if not options.photographs and (options.start is not None or options.steps is not None):
+        raise InputError("--start and --steps are for photographs: say images=")
+    if min(options.short, options.steps or 1) < 1 or options.steps == 0:
         raise InputError("--short and --steps take positive numbers")
     accelerator, started = Accelerator(), time.perf_counter()
     course = (
@@ -152,6 +153,7 @@ def run(options: argparse.Namespace) -> None:
     sam = train(accelerator, course, options.out)
     if accelerator.is_main_process:
         load_toy_state(sam, save_weights(sam, options.out))
+        options.out.with_suffix(PARTIAL).unlink(missing_ok=True)
         scores = course.measure(sam, None)
         minutes = (time.perf_counter() - started) / 60
         print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB after {minutes:.0f} min, mIoU {scores}")
@@ -166,7 +168,7 @@ def scene_course(shorter: int, accelerator: Accelerator) -> Course:
     def measured(sam: Sam, count: int | None) -> dict[str, float]:
         return measure(sam, range(count or MEASURED_SCENES // shorter))
 
-    return Course(scenes, augment, measured, shorter=shorter)
+    return Course(scenes, augment, measured, PHASES, shorter)
 
 
 def photograph_course(options: argparse.Namespace, accelerator: Accelerator) -> Course:
@@ -176,21 +178,20 @@ def photograph_course(options: argparse.Namespace, accelerator: Accelerator) -> 
         InputError: there are none with masks, or the weights to start from are no toy's.
     """
     recipe = toy_photographs.read_settings(options.photographs)
-    starts = {"toy": PACKAGE_WEIGHTS, "none": None}
-    start = starts.get(options.start, options.start)
-    state = read_toy_state(start) if start else None
+    start = None if options.start == "none" else read_toy_state(options.start or PACKAGE_WEIGHTS)
+    steps = options.steps or PHOTOGRAPH_STEPS
     learnt, others = toy_photographs.load_photographs(recipe, accelerator)
     return Course(
         learnt,
         toy_photographs.augment,
         lambda sam, count: score(sam, others[:count]),
-        phases=[(TOY_IMAGE_SIZE, options.steps)],
+        phases=[(TOY_IMAGE_SIZE, steps)],
         shorter=options.short,
         masks=toy_photographs.MASKS,
-        learning_rate=PHOTOGRAPH_LEARNING_RATE,
-        warmup=min(WARMUP, max(1, options.steps // options.short // 10)),
+        warmup=min(WARMUP, max(1, steps // options.short // 10)),
+        save_every=SAVE_PHOTOGRAPHS_EVERY,
         dtype=getattr(torch, resolve_dtype("auto", accelerator.device)),
-        start=state,
+        start=start,
     )
 
 
@@ -204,7 +205,6 @@ def train(accelerator: Accelerator, course: Course, out: Path) -> Sam:
     set_seed(SEED + rank)
     rng = np.random.default_rng([SEED, rank])
     total, done = sum(steps for _, steps in course.phases) // course.shorter, 0
-    partial_weights = out.with_suffix(".partial.safetensors")
     progress = progress_bar(accelerator, "toy teacher", "steps", total=total)
     for size, steps in course.phases:
         smaller, sam = sam, build_toy_sam(size)
@@ -213,12 +213,12 @@ def train(accelerator: Accelerator, course: Course, out: Path) -> Sam:
         optimizer = torch.optim.AdamW(parameter_groups(sam, weight_decay=0.05), betas=(0.9, 0.99), fused=True)
         losses: list[float] = []
         for step in range(steps // course.shorter):
-            rate = (
-                course.learning_rate * min(1, (step + 1) / course.warmup) * (1 + math.cos(math.pi * done / total)) / 2
-            )
+            rate = LEARNING_RATE * min(1, (step + 1) / course.warmup) * (1 + math.cos(math.pi * done / total)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            chosen = [course.pictures[number] for number in rng.integers(len(course.pictures), size=BATCH // ranks)]
+            chosen = [
+                course.pictures[number] for number in rng.integers(len(course.pictures), size=max(1, BATCH // ranks))
+            ]
             batch = [course.augment(picture, size, rng) for picture in chosen]
             losses.append(backward(sam, batch, rng, course.masks, course.dtype))
             average_gradients(sam, accelerator)
@@ -228,8 +228,8 @@ def train(accelerator: Accelerator, course: Course, out: Path) -> Sam:
             done += 1
             progress.update()
             progress.set_postfix(size=size, loss=f"{fmean(losses[-500:]):.4f}", refresh=False)
-            if done % SAVE_EVERY == 0 and accelerator.is_main_process:
-                save_weights(sam, partial_weights)
+            if done % course.save_every == 0 and accelerator.is_main_process:
+                save_weights(sam, out.with_suffix(PARTIAL))
                 accelerator.print(f"step {done}: mIoU {course.measure(sam, 20)} at {size} px")
                 sam.train()
     progress.close()

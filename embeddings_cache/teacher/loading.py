@@ -41,11 +41,9 @@ def check_teacher(name: str, checkpoint: str | None, image_size: int) -> None:
     Raises:
         InputError: no checkpoint, another architecture's, or one that works at another image size.
     """
-    if name == "toy":
-        if image_size % 16:
-            raise InputError(f"image_size={image_size} is not a multiple of 16")
-        if checkpoint is not None:
-            read_toy_state(checkpoint)
+    if name == "toy" and image_size % 16:
+        raise InputError(f"image_size={image_size} is not a multiple of 16")
+    if name == "toy" and checkpoint is None:
         return
     if checkpoint is None:
         raise InputError(f"teacher {name} needs its weights: teacher.checkpoint=FILE")
@@ -53,6 +51,9 @@ def check_teacher(name: str, checkpoint: str | None, image_size: int) -> None:
         other = name in VITS and image_size != SAM_IMAGE_SIZE
         hint = f"; segment-anything's own works at image_size={SAM_IMAGE_SIZE}, not {image_size}" if other else ""
         raise InputError(f"teacher.checkpoint={checkpoint}: no such file{hint}")
+    if name == "toy":
+        read_toy_state(checkpoint)
+        return
     found = inspect_teacher(checkpoint)
     if found.name != name:
         raise InputError(f"{checkpoint} holds a {found.name}, not a {name}: teacher.name={found.name} takes it")
