@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from statistics import fmean
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image, ImageEnhance
 
 from distill.reading import annotations_of, reading_of
 from distill.recipe import Recipe, load_recipe
+from distill.schema import EvaluateRecipe
 from embeddings_cache.embed import Prepared, prepare
 from embeddings_cache.images import (
     Account,
@@ -187,11 +189,11 @@ def crop_window(mask: np.ndarray, rng: np.random.Generator) -> tuple[slice, ...]
 
 
 def filled_boxes(images: list[Prepared]) -> float:
-    """mIoU of a mask's bounding box, filled whole, with the mask: what a box as prompt is worth by itself."""
+    """mIoU of a mask's bounding box, filled whole, with the mask: what a box is worth by itself, on the same masks."""
     ious = []
     for image in images:
         assert image.annotation is not None
-        for mask in decode_masks(image.annotation):
+        for mask in islice(decode_masks(image.annotation), EvaluateRecipe().masks_per_image):
             x0, y0, x1, y1 = map(int, bounding_box(mask))
             ious.append(float(mask.sum()) / ((x1 - x0) * (y1 - y0)))
     return fmean(ious)

@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help=f"of {BATCH} photographs each (default: {PHOTOGRAPH_STEPS})")
     start = "photographs: begin with weights that this script made, or with none (default: those of the package)"
     parser.add_argument("--start", metavar="FILE", help=start)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     try:
         run(options)
     except InputError as error:
@@ -144,7 +144,7 @@ def run(options: argparse.Namespace) -> None:
         raise InputError(f"--out {options.out} is no *.safetensors in a directory that is there")
     if not options.photographs and (options.start is not None or options.steps is not None):
         raise InputError("--start and --steps are for photographs: say images=")
-    if min(options.short, options.steps or 1) < 1 or options.steps == 0:
+    if options.short < 1 or (options.steps is not None and options.steps < 1):
         raise InputError("--short and --steps take positive numbers")
     accelerator, started = Accelerator(), time.perf_counter()
     course = (

@@ -63,7 +63,7 @@ def test_it_learns_from_pictures_with_overlapping_masks_and_teaches(
         monkeypatch.setattr(module, "TOY_IMAGE_SIZE", 128)
     images, out, package = pictures(12), tmp_path / "small_sam.safetensors", sha256(toy_teacher.PACKAGE_WEIGHTS)
     test = pictures(4, "sa_000001.tar")
-    assert toy_teacher.main([f"images={images}", f"test={test}", "--out", str(out), "--steps", "24"]) == 0
+    assert toy_teacher.main([f"images={images}", "--out", str(out), f"test={test}", "--steps", "24"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("toy teacher: 12 photographs with 60 masks, 4 others to measure on; a box that is filled")
     assert f"{out}: " in said[-1]
