@@ -117,7 +117,7 @@ def load_photographs(recipe: Recipe, accelerator: Accelerator) -> tuple[list[Pho
     others = [
         image
         for sample in samples
-        if sample.annotation and isinstance(image := prepare(sample, TOY_IMAGE_SIZE, 95), Prepared)
+        if any(True for _ in _masks(sample)) and isinstance(image := prepare(sample, TOY_IMAGE_SIZE, 95), Prepared)
     ]
     if not others:
         raise InputError(f"test={recipe.evaluate.data}: no image with masks to measure on")
@@ -137,6 +137,11 @@ def _read(recipe: Recipe, images: str | list[str], account: Account, keys: set[s
     )
 
 
+def _masks(sample: Sample) -> Iterator[np.ndarray]:
+    """Boolean (H, W), those that are not empty; none where the sample has no annotation."""
+    return decode_masks(sample.annotation) if sample.annotation else iter(())
+
+
 def shrink(sample: Sample) -> Photograph:
     """A sample as it is kept in memory; masks that are too small to learn from are left out.
 
@@ -146,7 +151,7 @@ def shrink(sample: Sample) -> Photograph:
     size = min(KEPT_SIZE, max(sample.original_size))
     image = resize_longest_side(sample.image, size)
     masks = []
-    for mask in decode_masks(sample.annotation) if sample.annotation else ():
+    for mask in _masks(sample):
         small = _resized(mask, image.shape[:2])
         masks += [encode_rle(small)] if small.sum() >= MIN_AREA * (size / TOY_IMAGE_SIZE) ** 2 else []
     return Photograph(sample.key, image, masks)

@@ -93,6 +93,14 @@ def test_some_are_held_out_where_no_others_are_named(pictures: Pictures) -> None
     assert not {photograph.key for photograph in learnt} & {image.key for image in others}
 
 
+def test_a_picture_whose_masks_are_empty_is_not_measured_on(pictures: Pictures, tmp_path: Path) -> None:
+    entries = json.dumps({"annotations": [{"segmentation": encode_rle(np.zeros((30, 40), dtype=bool))}]})
+    empty = write_tar(tmp_path / "empty.tar", {"empty.jpg": encoded(), "empty.json": entries.encode()})
+    settings = [f"images=[{pictures(3)}, {empty}]", f"test=[{empty}, {pictures(2, 'test.tar')}]"]
+    learnt, others = load_photographs(read_settings(settings), toy_teacher.Accelerator())
+    assert (len(learnt), [image.key for image in others]) == (3, ["sa_0", "sa_1"])
+
+
 def test_masks_go_where_their_picture_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut, mirrored and resized: every mask still lies on its colour, and what was cut away is not asked for."""
     monkeypatch.setattr(toy_photographs, "JITTER", 0.0)
