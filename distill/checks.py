@@ -1,14 +1,26 @@
 """Which values of a recipe make sense; each that does not is one line that names it, its origin and what would do."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from omegaconf import OmegaConf
 
-from distill.schema import BATCH_NORMS, FORMATS, IMAGES, INPUTS, LOSSES, ON_REQUEST, STAGES, TASKS, Recipe, numbers
+from distill.schema import (
+    BATCH_NORMS,
+    FORMATS,
+    IMAGES,
+    INPUTS,
+    LOSSES,
+    MASK_TARGETS,
+    ON_REQUEST,
+    STAGES,
+    TASKS,
+    Recipe,
+    numbers,
+)
 from embeddings_cache.images import SIXTEEN_BIT, scene_count
 from embeddings_cache.shards import DTYPES
 from embeddings_cache.teacher import TEACHER_DTYPES, known_teachers
@@ -24,6 +36,7 @@ CHOICES: dict[str, Callable[[], Sequence[str]]] = {
     "cache.dtype": lambda: DTYPES,
     "train.mixed_precision": lambda: ("no", "bf16", "fp16"),
     "train.batch_norm": lambda: BATCH_NORMS,
+    "train.mask_targets": lambda: MASK_TARGETS,
     "evaluate.task": lambda: TASKS,
     "export.input": lambda: INPUTS,
 }
@@ -34,17 +47,18 @@ CHOICES_OF_EACH: dict[str, Callable[[], Sequence[str]]] = {
 
 AT_LEAST_ONE = (
     "student.neck_expand", "teacher.batch_size", "data.val_images", "data.max_pixels", "cache.images_per_shard",
-    "train.batch_size", "train.accumulate", "train.mask_prompts", "train.checkpoint_every", "train.keep_checkpoints",
-    "train.log_every",
-    "evaluate.masks_per_image", "evaluate.grid", "export.images", "export.calibration_images",
-    "predict.points_per_side",
+    "train.batch_size", "train.accumulate", "train.lr_per", "train.mask_prompts", "train.checkpoint_every",
+    "train.keep_checkpoints", "train.log_every", "evaluate.masks_per_image", "evaluate.grid", "export.images",
+    "export.calibration_images", "predict.points_per_side",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "student.neck_depth", "data.workers", "data.max_skipped", "train.epochs", "train.weight_decay",
-    "train.warmup_steps", "train.workers", "train.mask_rounds", "train.ema", "train.checkpoint_minutes",
+    "train.lr_end", "train.warmup_steps", "train.warmup_epochs", "train.mask_points", "train.workers",
+    "train.mask_rounds", "train.ema", "train.checkpoint_minutes",
     "train.stop_above", "train.watch_images", "verify.recompute",
 )  # fmt: skip
-POSITIVE = ("data.fraction", "train.lr", "train.clip_norm")
+POSITIVE = ("data.fraction", "train.lr", "train.clip_norm", "train.huber_delta")
+AT_MOST_ONE = ("data.fraction", "train.mask_points")
 
 
 def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
@@ -54,9 +68,18 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
     def refuse(key: str, value: Any, expected: str) -> None:
         raise InputError(f"{origin(key.partition('[')[0])}: {key}={value}{expected}")
 
+    def said(key: str) -> Iterator[tuple[str, Any]]:
+        """A key's value, and what the phases after the first say instead."""
+        yield key, OmegaConf.select(config, key)
+        for place, phase in enumerate(recipe.train.then):
+            name = key.removeprefix("train.")
+            if key.startswith("train.") and (value := getattr(phase, name, None)) is not None:
+                yield f"train.then[{place}].{name}", value
+
     for key, choices in CHOICES.items():
-        if (value := OmegaConf.select(config, key)) not in choices():
-            refuse(key, value, " is not known" + nearest(value, choices()))
+        for shown, value in said(key):
+            if value not in choices():
+                refuse(shown, value, " is not known" + nearest(value, choices()))
     if not is_known(recipe.student.name):
         refuse("student.name", recipe.student.name, " is not known" + nearest(recipe.student.name, list_students()))
     for key, known in CHOICES_OF_EACH.items():
@@ -67,22 +90,24 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
         (AT_LEAST_ONE, lambda v: v >= 1, " is less than 1"),
         (NOT_NEGATIVE, lambda v: v >= 0, " is negative"),
         (POSITIVE, lambda v: v > 0, " is not above 0"),
+        (AT_MOST_ONE, lambda v: v <= 1, " is more than 1"),
     ):
         for key in keys:
-            if (value := OmegaConf.select(config, key)) is not None and not holds(value):
-                refuse(key, value, expected)
+            for shown, value in said(key):
+                if value is not None and not holds(value):
+                    refuse(shown, value, expected)
     if not recipe.export.formats:
         refuse("export.formats", recipe.export.formats, " names no file to make")
     if recipe.image_size < 64 or recipe.image_size % 64:
         refuse("image_size", recipe.image_size, " is not a multiple of 64")
-    if recipe.data.fraction > 1:
-        refuse("data.fraction", recipe.data.fraction, " is more than 1")
     batch, accumulate = recipe.train.batch_size, recipe.train.accumulate
     if batch % accumulate:
         refuse("train.batch_size", batch, f" does not divide by train.accumulate={accumulate}")
     pretrained = recipe.student.pretrained
     if not isinstance(pretrained, bool | str):
-        refuse("student.pretrained", pretrained, " is neither true, false, nor the path of a file")
+        refuse("student.pretrained", pretrained, " is neither true, false, auto, nor the path of a file")
+    if recipe.student.start and pretrained is not False:
+        refuse("student.pretrained", pretrained, f": student.start={recipe.student.start} is where the weights begin")
     if recipe.teacher.compile not in (True, False, "auto"):
         refuse("teacher.compile", recipe.teacher.compile, " is neither true, false, nor auto")
     quality = recipe.cache.jpeg_quality
@@ -92,13 +117,10 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
         refuse("train.ema", recipe.train.ema, " is not below 1")
     if 0 < recipe.train.stop_above <= 1:
         refuse("train.stop_above", recipe.train.stop_above, " would stop every run: say more than 1, or 0")
-    losses = [("train.loss", recipe.train.loss)]
     for place, phase in enumerate(recipe.train.then):
-        key = f"train.then[{place}]"
         if phase.epochs < 1:
-            refuse(f"{key}.epochs", phase.epochs, " is less than 1")
-        losses.append((f"{key}.loss", phase.loss))
-    for key, weights in losses:
+            refuse(f"train.then[{place}].epochs", phase.epochs, " is less than 1")
+    for key, weights in said("train.loss"):
         for name in weights:
             if name not in LOSSES:
                 refuse(key, name, " is not known" + nearest(name, LOSSES))

@@ -15,6 +15,7 @@ from distill.recipe import Recipe, describe_keys, list_recipes, load_recipe
 from distill.run import claim_run_dir, note_time
 from distill.schema import ON_REQUEST, STAGES
 from distill.stages import find_stage
+from distill.student import settle_pretrained
 from embeddings_cache.system import Stopped, sole_user
 from students import CheckFailed, InputError
 
@@ -83,6 +84,8 @@ def run(recipe: Recipe) -> None:
         find_stage(name).check(recipe, before=names[:place])
     accelerator = create_accelerator(recipe)
     use_all_cores(accelerator)
+    if recipe.student.pretrained == "auto":
+        settle_pretrained(recipe, accelerator, trains="train" in names)
     with ExitStack() as held:
         if accelerator.is_main_process:
             held.enter_context(sole_user(Path(recipe.run_dir)))

@@ -5,22 +5,35 @@ A mistake is one `InputError` that names it, where it came from, and the nearest
 """
 
 import os
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from importlib.resources import files
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.checks import check_recipe, nearest
+from distill.recipe_files import Loader, find_recipe, list_recipes, parse_yaml, read_yaml, shown_path, with_bases
 from distill.schema import IMAGES, PATHS, SHAPES_THE_STUDENT, STAGES, Recipe, describe_keys, kinds
-from students import InputError, architecture_of, first_line, is_our_student, read_metadata
+from students import InputError, architecture_of, first_line, is_our_student, read_metadata, student_config_of
 
-__all__ = ["STAGES", "Recipe", "describe_keys", "differences", "find_recipe", "list_recipes", "load_recipe", "to_yaml"]
+__all__ = [
+    "STAGES",
+    "Recipe",
+    "describe_keys",
+    "differences",
+    "find_recipe",
+    "list_recipes",
+    "load_recipe",
+    "saved_recipe",
+    "to_yaml",
+]
+
+
+LISTED = ("train.loss",)
+"""Mappings that are taken whole where they are given: what they do not name is not there."""
 
 
 def load_recipe(arguments: list[str]) -> Recipe:
@@ -36,22 +49,20 @@ def load_recipe(arguments: list[str]) -> Recipe:
         if not equals:
             raise InputError(f"command line: {argument!r} is not key=value (see --help)")
         overrides[key] = os.path.expanduser(value) if key in ("recipe", *PATHS) else value
-    schema = OmegaConf.structured(Recipe)
-    alone = "checkpoint" in overrides and not {"recipe", "run_dir"} & set(overrides)
-    if alone and overrides.get("stage") in ("export", "convert"):
-        shown = overrides["checkpoint"]
-        config = _merge(schema, _recipe_within(Path(shown)), shown)
-    else:
-        if "recipe" not in overrides:
-            overrides["recipe"] = _recipe_of(overrides.get("run_dir"))
-        path = find_recipe(overrides.pop("recipe"))
-        shown = os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
-        OmegaConf.update(schema, "name", path.stem)
-        config = _merge(schema, _read_yaml(path), shown)
+    config, said, asked_for = _from_files(overrides)
+    shown = said[-1][0]
     typed = {key: _parse(key, value) for key, value in overrides.items()}
-    if "teacher.name" not in typed and (brought := _architecture(typed.get("teacher.checkpoint"))):
-        typed["teacher.name"] = brought  # or a recipe for ViT-H would refuse mobile_sam.pt
-    config = _merge(config, _nested(typed), "command line")
+    if "teacher.name" not in typed and (architecture := _architecture(typed.get("teacher.checkpoint"))):
+        typed["teacher.name"] = architecture  # or a recipe for ViT-H would refuse mobile_sam.pt
+    said.append(("command line", set(overrides)))
+    begins = typed.get("student.start", OmegaConf.select(config, "student.start"))
+    if begins is not None:
+        config = _merge(config, _nested(_untold_of_student(os.path.expanduser(begins), said)), begins)
+    config = _merge(config, _nested(typed), "command line", added_to=set(LISTED) - set(typed))
+    if missing := [key for key in asked_for if _origin(key, said) is None]:
+        comments = {key: comment for key, _, comment in describe_keys()}
+        told = "; ".join(f"{key}=..., {comments[key]}" for key in missing)
+        raise InputError(f"{shown} leaves to the command line: {told}")
     try:
         for key in PATHS:
             OmegaConf.update(config, key, _at_home(OmegaConf.select(config, key)))
@@ -59,31 +70,43 @@ def load_recipe(arguments: list[str]) -> Recipe:
     except OmegaConfBaseException as error:
         raise InputError(f"{shown}: {first_line(error)}") from error
     assert isinstance(recipe, Recipe)
-    typed_here = [key.split(".") for key in overrides]
-    check_recipe(recipe, lambda key: "command line" if any(_overlap(key.split("."), o) for o in typed_here) else shown)
+    check_recipe(recipe, lambda key: _origin(key, said) or shown)
     return recipe
 
 
-def list_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(
-        entry.name.removesuffix(".yaml") for entry in files("recipes").iterdir() if entry.name.endswith("yaml")
-    )
+def _from_files(overrides: dict[str, str]) -> tuple[Any, list[tuple[str, set[str]]], list[str]]:
+    """The schema filled by the recipe's file and those that it is based on, or by the recipe within a checkpoint; which
+    of them says which keys; and the keys of which they say `???`, that somebody must. Takes `recipe` from the
+    overrides."""
+    schema, known = OmegaConf.structured(Recipe), [key for key, _, _ in describe_keys()]
+    alone = "checkpoint" in overrides and not {"recipe", "run_dir"} & set(overrides)
+    if alone and overrides.get("stage") in ("export", "convert"):
+        within = Path(overrides["checkpoint"])
+        contents = [(str(within), _recipe_within(within))]
+    else:
+        path = find_recipe(overrides.pop("recipe", "") or _recipe_of(overrides.get("run_dir")))
+        OmegaConf.update(schema, "name", path.stem)
+        contents = [(shown_path(file), content) for file, content in with_bases(path)]
+    config, said = schema, []
+    asked_for: dict[str, None] = {}
+    for origin, content in contents:
+        config = _merge(config, content, origin)  # which leaves a key with ??? as it is
+        flat = dict(_flat(content, known))
+        unsaid = [key for key, value in flat.items() if value == "???"]
+        asked_for |= dict.fromkeys(unsaid)
+        said.append((origin, flat.keys() - set(unsaid)))
+    return config, said, list(asked_for)
 
 
-def find_recipe(name: str) -> Path:
-    """A recipe's file, by name or path.
+def saved_recipe(saved: Path) -> Recipe:
+    """A run's recipe.
 
     Raises:
-        InputError: there is none.
+        InputError: the saved recipe is damaged, or of a version with other keys.
     """
-    if name.endswith((".yaml", ".yml")):
-        if not Path(name).is_file():
-            raise InputError(f"command line: recipe={name}: no such file")
-        return Path(name)
-    if name not in list_recipes():
-        raise InputError(f"command line: unknown recipe {name!r}{nearest(name, list_recipes())}")
-    return Path(str(files("recipes") / f"{name}.yaml"))
+    recipe = OmegaConf.to_object(_merge(OmegaConf.structured(Recipe), read_yaml(saved), str(saved)))
+    assert isinstance(recipe, Recipe)
+    return recipe
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -98,7 +121,7 @@ def differences(recipe: Recipe, saved: Path) -> list[str]:
     Raises:
         InputError: the saved recipe is damaged, or of a version with other keys.
     """
-    earlier = _merge(OmegaConf.structured(Recipe), _read_yaml(saved), str(saved))
+    earlier = OmegaConf.structured(saved_recipe(saved))
     now = OmegaConf.structured(recipe)
     pairs = ((key, OmegaConf.select(earlier, key), OmegaConf.select(now, key)) for key in SHAPES_THE_STUDENT)
     return [f"{key}: {then}, now {value}" for key, then, value in pairs if then != value]
@@ -130,7 +153,7 @@ def _recipe_within(checkpoint: Path) -> dict[str, Any]:
     if not checkpoint.exists():
         raise InputError(f"no student at {checkpoint}")
     if is_our_student(checkpoint) and (written := read_metadata(checkpoint).get("recipe")):
-        kept = _parse_yaml(written, str(checkpoint))
+        kept = parse_yaml(written, str(checkpoint))
     if not isinstance(data := kept.setdefault("data", {}), dict):
         raise InputError(f"{checkpoint} is not a recipe's: data is {data!r}")
     data.setdefault("images", "scenes:8")
@@ -146,35 +169,6 @@ def _recipe_of(run_dir: str | None) -> str:
     raise InputError(f"command line: recipe=NAME is missing{elsewhere}; recipes: {', '.join(list_recipes())}")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    return _parse_yaml(text, str(path))
-
-
-def _parse_yaml(text: str, origin: str) -> dict[str, Any]:
-    try:
-        content = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{origin} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{origin} is not a recipe: keys and values are expected")
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which only true and false are booleans, so that `mixed_precision: no` and a date stay text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":timestamp"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), list("tf"))
-
-
 def _parse(key: str, value: str) -> Any:
     """A command line value; where text is expected it stays as it is typed, for YAML would change some of it."""
     if value == "null" or (key in IMAGES and not value):
@@ -184,7 +178,7 @@ def _parse(key: str, value: str) -> Any:
     if kinds().get(key) in (str, str | None) or (key in IMAGES and not value.startswith("[")):
         return value
     try:
-        return yaml.load(value, _Loader)
+        return yaml.load(value, Loader)
     except yaml.YAMLError as error:
         raise InputError(f"command line: {key}={value} is not valid YAML: {first_line(error)}") from error
 
@@ -203,11 +197,16 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _merge(config: Any, values: dict[str, Any], origin: str) -> Any:
+def _merge(config: Any, values: dict[str, Any], origin: str, added_to: Collection[str] = ()) -> Any:
+    """A config with values in it. Those of `LISTED` that are given replace what was, unless they are `added_to`."""
     known = [key for key, _, _ in describe_keys()]
-    for key in _flat_keys(values, known):
+    for key, _ in _flat(values, known):
         if key not in known:
             raise InputError(f"{origin}: unknown key {key!r}{nearest(key, known)}")
+    for key in LISTED:
+        if key not in added_to and isinstance(OmegaConf.select(OmegaConf.create(values), key), DictConfig):
+            config = OmegaConf.merge(config, {})  # a copy
+            OmegaConf.update(config, key, {}, merge=False)
     try:
         return OmegaConf.merge(config, values)
     except OmegaConfBaseException as error:
@@ -215,15 +214,29 @@ def _merge(config: Any, values: dict[str, Any], origin: str) -> Any:
         raise InputError(f"{origin}: {name + ': ' if name else ''}{first_line(error)}") from error
 
 
-def _flat_keys(values: dict[str, Any], known: list[str], prefix: str = "") -> Iterator[str]:
+def _flat(values: dict[str, Any], known: list[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` → `("a.b", 1)`, as far as sections are the schema's."""
     for name, value in values.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and any(other.startswith(f"{key}.") for other in known):
-            yield from _flat_keys(value, known, f"{key}.")
+            yield from _flat(value, known, f"{key}.")
         else:
-            yield key
+            yield key, value
 
 
-def _overlap(key: list[str], other: list[str]) -> bool:
+def _overlap(key: str, other: str) -> bool:
     """Whether one key is the other, or a section that holds it."""
-    return all(mine == theirs for mine, theirs in zip(key, other, strict=False))
+    return all(mine == theirs for mine, theirs in zip(key.split("."), other.split("."), strict=False))
+
+
+def _origin(key: str, said: Sequence[tuple[str, set[str]]]) -> str | None:
+    """Who said a key last; None where nobody did."""
+    return next((origin for origin, keys in reversed(said) if any(_overlap(key, other) for other in keys)), None)
+
+
+def _untold_of_student(checkpoint: str, said: Sequence[tuple[str, set[str]]]) -> dict[str, Any]:
+    """What the student in a checkpoint says of the recipe's, and nobody else does."""
+    config = asdict(student_config_of(checkpoint))
+    del config["embed_dim"]
+    keys = {"image_size": config.pop("image_size"), **{f"student.{key}": value for key, value in config.items()}}
+    return {key: value for key, value in keys.items() if _origin(key, said) is None}

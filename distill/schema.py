@@ -14,8 +14,15 @@ STAGES = ("precompute", "train", "evaluate", "export", "report")
 ON_REQUEST = ("inspect", "verify", "predict", "convert")
 """Stages that run only when they are named."""
 
-LOSSES = ("mse", "cosine", "mask")
+TEACHER_MASK_LOSSES = ("mask", "mask_bce", "mask_dice")
+MASK_LOSSES = (*TEACHER_MASK_LOSSES, "truth")
+"""Those for which an image is prompted, and the teacher's decoder is needed."""
+
+LOSSES = ("mse", "l1", "huber", "cosine", *MASK_LOSSES)
 """What `train.loss` weighs; `losses.py` says what each is."""
+
+MASK_TARGETS = ("soft", "binary")
+"""What the teacher's masks are to a student: probabilities, or what is more than ½ of them."""
 
 TASKS = ("masks",)
 """What `evaluate.task` names; `stages/evaluate.py` has a function for each."""
@@ -45,16 +52,18 @@ IMAGES = ("data.images", "evaluate.data")
 
 PATHS = (
     *IMAGES, "data.annotations", "run_dir", "checkpoint", "image", "cache.dir", "teacher.checkpoint",
-    "student.pretrained",
+    "student.pretrained", "student.start",
 )  # fmt: skip
 """Keys that name files or folders, in which `~` is the home directory."""
 
 SHAPES_THE_STUDENT = (
     "seed", "image_size", "student", "teacher.name", "data.images", "data.annotations", "data.sixteen_bit",
     "data.fraction", "data.val_images", "cache.dtype",
-    "cache.jpeg_quality", "train.epochs", "train.batch_size", "train.accumulate", "train.lr", "train.weight_decay",
-    "train.warmup_steps", "train.clip_norm", "train.loss", "train.then", "train.ignore_padding", "train.mask_prompts",
-    "train.mask_rounds", "train.ema", "train.batch_norm", "train.mixed_precision", "cache.per_node",
+    "cache.jpeg_quality", "train.epochs", "train.batch_size", "train.accumulate", "train.lr", "train.lr_end",
+    "train.lr_per", "train.weight_decay", "train.warmup_steps", "train.warmup_epochs", "train.clip_norm", "train.loss",
+    "train.then", "train.huber_delta", "train.ignore_padding", "train.mask_prompts", "train.mask_points",
+    "train.mask_rounds", "train.mask_targets", "train.ema", "train.batch_norm", "train.mixed_precision",
+    "cache.per_node",
 )  # fmt: skip
 """Keys (or sections) that decide what comes out of training; the rest says where, how fast, or what comes after."""
 
@@ -70,7 +79,8 @@ class StudentRecipe:
     neck_depth: int = 4  # fused MBConvs of a pyramid
     neck_expand: int = 1  # and their expansion
     downsample: str = "stride1"  # how neck=sam comes to stride 16: stride1 (RepViT-SAM); fuse (EdgeSAM), cheaper
-    pretrained: Any = False  # start from ImageNet weights: true downloads timm's; or a file with them
+    pretrained: Any = False  # ImageNet weights to start from: true, timm's; auto, if they can be had; or a file's
+    start: str | None = None  # go on from a student, ours or a published one; what a recipe leaves out, it tells
     overrides: dict[str, Any] = field(default_factory=dict)  # backbone numbers to change: widths, depths, ...
 
 
@@ -107,7 +117,18 @@ class CacheRecipe:
 @dataclass
 class PhaseRecipe:
     epochs: int = 1  # passes over the training images
-    loss: dict[str, float] = field(default_factory=lambda: {"mse": 1.0})  # as train.loss
+    loss: dict[str, float] | None = None  # this and the keys below: as train has them, where nothing is said
+    lr: float | None = None  # a phase that says something of lr or warm-up has a schedule, and moments, of its own
+    lr_end: float | None = None
+    lr_per: int | None = None
+    warmup_steps: int | None = None
+    warmup_epochs: float | None = None
+    weight_decay: float | None = None
+    clip_norm: float | None = None
+    mask_prompts: int | None = None
+    mask_points: float | None = None
+    mask_rounds: int | None = None
+    mask_targets: str | None = None
 
 
 @dataclass
@@ -116,14 +137,20 @@ class TrainRecipe:
     batch_size: int = 8  # images an optimizer step, over all processes and accumulation steps
     accumulate: int = 1  # forward passes an optimizer step: more of them need less memory
     lr: float = 1e-3  # peak learning rate (AdamW)
+    lr_end: float = 0.0  # and the last one
+    lr_per: int | None = None  # batch size that lr and lr_end are stated for; another's are scaled linearly
     weight_decay: float = 0.05  # of AdamW; not for norms and biases
-    warmup_steps: int = 500  # steps of linear warm-up (a tenth of the run at most), then cosine to 0
+    warmup_steps: int = 500  # steps of linear warm-up (a tenth of the schedule at most), then cosine to lr_end
+    warmup_epochs: float = 0.0  # or this many epochs of it, however many that is of the schedule
     clip_norm: float = 1.0  # gradients are clipped to this norm
-    loss: dict[str, float] = field(default_factory=lambda: {"mse": 1.0})  # weights: mse, cosine (embeddings), mask
-    then: list[PhaseRecipe] = field(default_factory=list)  # phases after it, '[{epochs: 2, loss: {mse: 1, mask: 1}}]'
-    ignore_padding: bool = False  # mse and cosine leave out the cells of an embedding that only cover padding
-    mask_prompts: int = 8  # for the loss mask: prompts an image, half of them points, half boxes, from its annotation
-    mask_rounds: int = 1  # for the loss mask: points that are added where student and teacher disagree, one a round
+    loss: dict[str, float] = field(default_factory=lambda: {"mse": 1.0})  # weights; docs/training.md has the losses
+    then: list[PhaseRecipe] = field(default_factory=list)  # phases after it: '[{epochs: 2, lr: 1e-4, loss: {mask: 1}}]'
+    huber_delta: float = 0.1  # of the loss huber: above this distance it is linear
+    ignore_padding: bool = False  # embedding losses leave out the cells of an embedding that only cover padding
+    mask_prompts: int = 8  # for losses of masks: prompts an image, drawn from its annotation
+    mask_points: float = 0.5  # share of these that are points, the rest are boxes
+    mask_rounds: int = 1  # points that are added where the student is wrong, one a round
+    mask_targets: str = "soft"  # the teacher's masks: soft, its probabilities; binary, more than ½ or not
     ema: float = 0.0  # average the weights exponentially with this decay (0.999, say), and use those; 0: no
     batch_norm: str = "local"  # statistics of each process's batch; sync: of the whole batch (GPUs); frozen: none
     mixed_precision: str = "no"  # no, bf16 or fp16

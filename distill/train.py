@@ -2,7 +2,6 @@
 
 import signal
 import time
-from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from statistics import fmean
@@ -20,16 +19,21 @@ from distill.evaluate.watch import MaskWatch, load_decoder
 from distill.losses import Objective, embedding_errors
 from distill.recipe import Recipe, to_yaml
 from distill.run import bind_cache, open_cache, trained_student
+from distill.schema import TrainRecipe
+from distill.student import begin_student
 from distill.training.batches import Batch, CachedImages, TimedBatches, TrainingOrder, check_limits, make_loader
 from distill.training.checkpoints import Checkpoints
-from distill.training.mask_loss import MaskLoss
 from distill.training.metrics import Metrics, Pace
 from distill.training.monitor import Monitor, Step, UnsoundLoss
-from distill.training.plan import Plan, loss_weights
+from distill.training.plan import Plan, wants_masks
+from distill.training.prompts import has_masks
 from distill.training.rows import divide_rows
 from embeddings_cache.shards import EmbeddingsCache, read_info
 from embeddings_cache.system import Stopped, progress_bar, stop_on_request, whole_file
-from students import InputError, StudentConfig, StudentEncoder, build_encoder, save_student
+from students import InputError, StudentEncoder, save_student
+
+ROWS_LOOKED_AT = 256
+"""Before training, whether there are masks to learn from."""
 
 ADVICE = "with another run_dir a lower train.lr, or mixed_precision=no, may help"
 
@@ -62,7 +66,8 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
     check_limits(images, plan.micro_batch, len(rows.held_out), recipe, accelerator.device)
     prefer_determinism(accelerator)
     decoder = load_decoder(recipe, cache, accelerator)
-    objective = Objective(recipe.image_size, settings.ignore_padding, decoder and MaskLoss(decoder))
+    refuse_unlabelled(recipe, cache, rows.of_group)
+    objective = Objective(recipe.image_size, decoder)
     watch = MaskWatch(recipe, cache, rows.watched, decoder, accelerator)
 
     set_seed(recipe.seed)
@@ -75,6 +80,8 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
     order = TrainingOrder(rows.of_group, plan, recipe.seed, rows.group, step)
     loader = make_loader(images, order, recipe, accelerator.device)
     batches = TimedBatches(loader, accelerator.device)
+    for line in plan.describe():
+        accelerator.print(f"train: {line}")
 
     def note_scores(epoch: int, pace: dict[str, float]) -> None:
         """What the student is worth, in numbers; at the end of an epoch kept if none was better.
@@ -101,8 +108,12 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
         keys: list[str] = []
         for batch in stream:
             epoch = step // plan.steps_per_epoch
-            weights = loss_weights(recipe, epoch)
-            losses, norm = learn(batch, student, optimizer, objective, weights, plan.lr(step), recipe, accelerator)
+            phase = plan.phase(step)
+            if step == phase.first and phase.begins_anew:
+                optimizer.state.clear()  # moments of other losses say nothing of these
+            losses, norm = learn(
+                batch, student, optimizer, objective, phase.settings, plan.lr(step), recipe, accelerator
+            )
             micro_steps, keys = [*micro_steps, losses], keys + batch.keys
             if not accelerator.sync_gradients:
                 continue
@@ -110,10 +121,11 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
             if average is not None:
                 average.update(plain(student, accelerator), step)
             progress.update()
-            due = monitor.add(Step(step, mean_losses(micro_steps), norm, keys), weights)
+            due = monitor.add(Step(step, mean_losses(micro_steps), norm, keys), phase.settings)
             micro_steps, keys = [], []
             epoch_ends, last = step % plan.steps_per_epoch == 0, step == plan.steps
-            to_log, to_save = step % settings.log_every == 0 or last, step % settings.checkpoint_every == 0
+            to_log = step % settings.log_every == 0 or last or plan.phase(step) is not phase
+            to_save = step % settings.checkpoint_every == 0
             if not (due or epoch_ends or to_log or to_save):
                 continue
             try:
@@ -151,7 +163,7 @@ def prepare(
 ) -> tuple[nn.Module, torch.optim.Optimizer, ModelEmaV3 | None]:
     """The student and its optimizer as Accelerate wraps them, and the running average of its weights, if any."""
     settings = recipe.train
-    student: nn.Module = build_encoder(student_config(recipe, channels), recipe.student.pretrained)
+    student: nn.Module = begin_student(recipe, channels)
     if settings.channels_last:
         student = student.to(memory_format=torch.channels_last)
     average = ModelEmaV3(student, settings.ema, use_warmup=True).to(accelerator.device) if settings.ema else None
@@ -171,12 +183,15 @@ def learn(
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
     objective: Objective,
-    weights: Mapping[str, float],
+    settings: TrainRecipe,
     lr: float,
     recipe: Recipe,
     accelerator: Accelerator,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """One forward and backward pass; if it is the last of a step, the optimizer's step too.
+
+    Args:
+        settings: of the phase; lr: of the step.
 
     Returns:
         The losses by name and their weighted sum `loss`, and the norm of the gradient before it was clipped; scalars on
@@ -185,17 +200,18 @@ def learn(
     with accelerator.accumulate(student):
         for group in optimizer.param_groups:
             group["lr"] = lr
+        optimizer.param_groups[0]["weight_decay"] = settings.weight_decay
         inputs = batch.encoder_input(recipe.image_size)
         if recipe.train.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         embedding = student(inputs).float()
         with accelerator.autocast():  # for the mask decoder
-            losses = objective(weights, embedding, batch.teacher.float(), batch.input_size, batch.prompts)
-        loss = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+            losses = objective(settings, embedding, batch.teacher.float(), batch.input_size, batch.prompts)
+        loss = torch.stack([settings.loss[name] * value for name, value in losses.items()]).sum()
         accelerator.backward(loss)
         norm = torch.zeros_like(loss)
         if accelerator.sync_gradients:
-            norm = accelerator.clip_grad_norm_(student.parameters(), recipe.train.clip_norm)
+            norm = accelerator.clip_grad_norm_(student.parameters(), settings.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
     return {name: value.detach() for name, value in (*losses.items(), ("loss", loss))}, norm.detach()
@@ -204,6 +220,16 @@ def learn(
 def plain(student: nn.Module, accelerator: Accelerator) -> StudentEncoder:
     """The student without what Accelerate has put around it, a launcher's torch.compile included: its names differ."""
     return cast(StudentEncoder, accelerator.unwrap_model(student, keep_torch_compile=False))
+
+
+def refuse_unlabelled(recipe: Recipe, cache: EmbeddingsCache, rows: list[int]) -> None:
+    """Raise `InputError` where the loss `truth` has nothing to learn from: of some rows none has masks."""
+    some = rows[:: max(1, len(rows) // ROWS_LOOKED_AT)]
+    if wants_masks(recipe, ("truth",)) and not any(has_masks(cache[row]) for row in some):
+        raise InputError(
+            f"the loss truth learns from annotated masks, and of {len(some)} training images in {recipe.cache.dir} "
+            "none has any"
+        )
 
 
 def to_training(student: nn.Module, batch_norm: str) -> None:
@@ -259,15 +285,8 @@ def prefer_determinism(accelerator: Accelerator) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def student_config(recipe: Recipe, channels: int = 256) -> StudentConfig:
-    """The recipe's student, with as many channels as the teacher's embedding has."""
-    settings = {key: value for key, value in vars(recipe.student).items() if key != "pretrained"}
-    settings["overrides"] = dict(settings["overrides"])
-    return StudentConfig(image_size=recipe.image_size, embed_dim=channels, **settings)
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's groups: no decay on biases and norms, which are the parameters of at most one dimension."""
+    """AdamW's groups: weights, which decay, and biases and norms, the parameters of at most one dimension."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -1,9 +1,9 @@
-"""What ways to train and necks are worth: `python -m recipes.training_study` makes the table of docs/training.md,
+"""What ways to train and necks are worth: `python -m recipes.training_study` makes the tables of docs/training.md,
 `--study students` that of docs/students.md.
 
-The quickstart, each variant with a few seeds, and no other difference: the same scenes, held-out scenes and teacher,
-and the same number of epochs, or, of students, as many as take equally long. What is there already is not run again.
-About an hour with `--jobs 2` on two cores.
+The quickstart, each variant with a few seeds, and no other difference: the same scenes, held-out scenes and teacher. What
+ends in masks goes on from one and the same student for each seed. What is there already is not run again. A study takes
+one to two hours with `--jobs 2` on two cores.
 """
 
 import argparse
@@ -11,34 +11,81 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 
 from embeddings_cache.system import available_cores
 
-TRAINING: dict[str, list[str]] = {
-    "`mse`": ["train.ignore_padding=false"],
-    "`mse`, `train.ignore_padding=true`": ["train.ignore_padding=true"],
-    "`mse`, `train.ema=0.999`": ["train.ignore_padding=false", "train.ema=0.999"],
-    "`mse`, the last 2 of 8 epochs with `mask: 0.1`": [
-        "train.ignore_padding=false",
-        "train.epochs=6",
-        "train.then=[{epochs: 2, loss: {mse: 1.0, mask: 0.1}}]",
-        "train.mask_prompts=4",
-    ],
-    "`mse`, `student.downsample=fuse`": ["train.ignore_padding=false", "student.downsample=fuse"],
+
+@dataclass(frozen=True)
+class Variant:
+    """What the command line says, and the variant whose student it goes on from."""
+
+    settings: tuple[str, ...]
+    after: str | None = None
+
+
+def then(epochs: int, loss: str, *more: str) -> Variant:
+    """So many epochs after six of `mse`, with a schedule of their own."""
+    said = ", ".join(
+        [f"epochs: {epochs}", f"loss: {{{loss}}}", "lr: 0.001", "lr_end: 0.00001", "warmup_steps: 10", *more]
+    )
+    return Variant(("train.epochs=0", f"train.then=[{{{said}}}]"), FIRST)
+
+
+TRAINING: dict[str, Variant] = {
+    "`mse`": Variant(("train.ignore_padding=false",)),
+    "`mse`, `train.ignore_padding=true`": Variant(("train.ignore_padding=true",)),
+    "`mse`, `train.ema=0.999`": Variant(("train.ignore_padding=false", "train.ema=0.999")),
+    "`mse`, the last 2 of 8 epochs with `mask: 0.1`": Variant(
+        (
+            "train.ignore_padding=false",
+            "train.epochs=6",
+            "train.then=[{epochs: 2, loss: {mse: 1.0, mask: 0.1}}]",
+            "train.mask_prompts=4",
+        )
+    ),
+    "`mse`, `student.downsample=fuse`": Variant(("train.ignore_padding=false", "student.downsample=fuse")),
 }
 
-STUDENTS: dict[str, list[str]] = {
-    "`neck: sam`": ["train.epochs=8"],
-    "`neck: pyramid`": ["student.neck=pyramid", "train.epochs=7"],
-    "`neck: pyramid`, `input_size: 128`": ["student.neck=pyramid", "student.input_size=128", "train.epochs=11"],
+FIRST = "6 epochs of `mse`"
+BOTH = "mask_bce: 5, mask_dice: 5"
+
+MASKS: dict[str, Variant] = {
+    "8 epochs of `mse`": Variant(("train.epochs=8",)),
+    FIRST: Variant(("train.epochs=6",)),
+    "… then 1 of masks, soft": then(1, BOTH),
+    "… then 2 of masks, soft": then(2, BOTH),
+    "… then 1 of masks, binary": then(1, BOTH, "mask_targets: binary"),
+    "… then 2 of masks, binary": then(2, BOTH, "mask_targets: binary"),
+    "… then 2 of masks, 2 rounds": then(2, BOTH, "mask_rounds: 2"),
+    "… then 2 of `mse` and masks": then(2, "mse: 1, mask: 0.1"),
+    "… then 2 of `truth`": then(2, "truth: 1"),
+}
+
+EMBEDDINGS: dict[str, Variant] = {
+    "`mse`": Variant(()),
+    "`l1`": Variant(("train.loss={l1: 1}",)),
+    "`huber`": Variant(("train.loss={huber: 1}",)),
+    "`mse` and `cosine`": Variant(("train.loss={mse: 1, cosine: 1}",)),
+    "`mse`, batch 16, rate × 2": Variant(("train.lr_per=8", "train.batch_size=16")),
+    "`mse`, batch 32, rate × 4": Variant(("train.lr_per=8", "train.batch_size=32")),
+}
+
+STUDENTS: dict[str, Variant] = {
+    "`neck: sam`": Variant(("train.epochs=8",)),
+    "`neck: pyramid`": Variant(("student.neck=pyramid", "train.epochs=7")),
+    "`neck: pyramid`, `input_size: 128`": Variant(
+        ("student.neck=pyramid", "student.input_size=128", "train.epochs=11")
+    ),
 }
 """An epoch of theirs takes 1, 1.13 and 0.69 times as long, on two cores."""
 
-STUDIES = {"training": TRAINING, "students": STUDENTS}
+STUDIES = {"training": TRAINING, "masks": MASKS, "embeddings": EMBEDDINGS, "students": STUDENTS}
 
 
 def main() -> None:
@@ -53,29 +100,47 @@ def main() -> None:
     variants, out = STUDIES[options.study], options.out or Path(f"runs/{options.study}-study")
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, available_cores() // options.jobs))}
 
-    def run(stage: str, number: int, seed: int) -> None:
-        keys = [f"stage={stage}", f"seed={seed}", f"run_dir={out / f'{number}-{seed}'}"]
-        command = [sys.executable, "distill.py", "recipe=quickstart", *keys, *options.settings]
-        subprocess.run([*command, *list(variants.values())[number]], env=environment, check=True)
+    def run(stage: str, name: str, seed: int) -> None:
+        variant = variants[name]
+        keys = [f"stage={stage}", f"seed={seed}", f"run_dir={place(out, variants, name, seed)}", *variant.settings]
+        if variant.after is not None:
+            keys.append(f"student.start={place(out, variants, variant.after, seed) / 'student.safetensors'}")
+        command = [sys.executable, "distill.py", "recipe=quickstart", *options.settings, *keys]
+        subprocess.run(command, env=environment, check=True)
 
-    run("precompute", 0, 0)  # all variants share the cache
+    names = list(variants)
+    first = [name for name in names if variants[name].after is None]
+    run("precompute", first[0], 0)  # all variants share the cache
     with ThreadPoolExecutor(options.jobs) as pool:
-        for stage in ("train", "evaluate"):
-            runs = product(range(options.seeds), range(len(variants)))
-            list(pool.map(lambda seed_number, stage=stage: run(stage, seed_number[1], seed_number[0]), runs))
-    found = [[result(out / f"{number}-{seed}") for seed in range(options.seeds)] for number in range(len(variants))]
-    print(table(dict(zip(variants, found, strict=True))))
+        for stage, some in (
+            ("train", first),
+            ("train", [name for name in names if name not in first]),
+            ("evaluate", names),
+        ):
+            list(pool.map(lambda task, stage=stage: run(stage, task[1], task[0]), product(range(options.seeds), some)))
+    print(table({name: [result(out, variants, name, seed) for seed in range(options.seeds)] for name in names}))
 
 
-def result(run_dir: Path) -> dict[str, float]:
-    """What a run came to."""
+def place(out: Path, variants: Mapping[str, Variant], name: str, seed: int) -> Path:
+    """A variant's run directory."""
+    return out / f"{list(variants).index(name)}-{seed}"
+
+
+def result(out: Path, variants: Mapping[str, Variant], name: str, seed: int) -> dict[str, float]:
+    """What a run came to; its minutes include those of the one that it goes on from."""
+    run_dir, after = place(out, variants, name, seed), variants[name].after
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
-    miou = evaluation["miou"]
+    means = {prompt: evaluation["miou"][prompt]["all"] for prompt in ("point", "box")}
+    minutes = json.loads((run_dir / "stages.json").read_text())["train"]["seconds"] / 60
     return {
         "embedding MSE": evaluation["embedding"]["mse"],
-        **{f"{prompt}, teacher": miou[prompt]["all"]["student_teacher"] for prompt in ("point", "box")},
-        **{f"{prompt}, truth": miou[prompt]["all"]["student_truth"] for prompt in ("point", "box")},
-        "minutes": json.loads((run_dir / "stages.json").read_text())["train"]["seconds"] / 60,
+        **{f"{prompt}, teacher": mean["student_teacher"] for prompt, mean in means.items()},
+        **{f"{prompt}, truth": mean["student_truth"] for prompt, mean in means.items()},
+        **{
+            f"{prompt}, student ÷ teacher": mean["student_truth"] / mean["teacher_truth"]
+            for prompt, mean in means.items()
+        },
+        "minutes": minutes + (result(out, variants, after, seed)["minutes"] if after is not None else 0),
     }
 
 

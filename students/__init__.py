@@ -17,10 +17,12 @@ from students.checkpoints import (
     inspect_checkpoint,
     is_our_student,
     load_checkpoint,
+    load_encoder,
     load_student,
     read_metadata,
     save_published,
     save_student,
+    student_config_of,
 )
 from students.encoder import (
     DOWNSAMPLES,
@@ -63,6 +65,7 @@ __all__ = [
     "left_out",
     "list_students",
     "load_checkpoint",
+    "load_encoder",
     "load_student",
     "other_sizes",
     "published_name",
@@ -73,6 +76,7 @@ __all__ = [
     "save_published",
     "save_student",
     "shapes_of",
+    "student_config_of",
     "untrained_sam",
     "vit_encoder",
     "weight_files",

@@ -102,6 +102,24 @@ def load_checkpoint(path: str | Path) -> Sam:
     return sam.eval()
 
 
+def load_encoder(path: str | Path) -> StudentEncoder:
+    """The student in a checkpoint, ours or a published one, in eval mode on the CPU.
+
+    Raises:
+        InputError: as `load_checkpoint`, or it holds an encoder that is no student.
+    """
+    encoder = load_checkpoint(path).image_encoder
+    if not isinstance(encoder, StudentEncoder):
+        raise InputError(f"{path} holds {architecture_of(path)}, which is no student's encoder")
+    return encoder
+
+
+def student_config_of(path: str | Path) -> StudentConfig:
+    """What `load_encoder` would load, without its weights where the file is ours; raises as it does."""
+    path = Path(path)
+    return _config_of(path) if is_our_student(path) else load_encoder(path).config
+
+
 def inspect_checkpoint(path: str | Path) -> Contents:
     """What `load_checkpoint` would load, without its weights.
 

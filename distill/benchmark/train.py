@@ -20,7 +20,8 @@ from distill.checks import nearest
 from distill.losses import Objective
 from distill.recipe import Recipe
 from distill.schema import CacheRecipe, StudentRecipe, TrainRecipe
-from distill.train import learn, parameter_groups, student_config, to_training
+from distill.student import student_config
+from distill.train import learn, parameter_groups, to_training
 from distill.training.batches import Batch, CachedImages, TimedBatches, TrainingOrder, make_loader
 from distill.training.plan import Plan
 from distill.training.rows import Group
@@ -165,8 +166,9 @@ def step_from_cache(
 def read_batches(settings: TrainBenchmark, cache: Path, device: torch.device) -> Generator[Batch, None, None]:
     """Batches on the device, without end."""
     images = EmbeddingsCache(cache)
-    plan = Plan(settings.batch_size, 1, len(images) // settings.batch_size, ENDLESS, 0, 0.0)
     recipe = made_up_recipe(settings)
+    recipe.train.epochs = ENDLESS
+    plan = Plan.of(recipe, len(images), 1)
     order = TrainingOrder(list(range(len(images))), plan, recipe.seed, Group(0, 1))
     return iter(
         TimedBatches(make_loader(CachedImages(images, recipe, with_prompts=False), order, recipe, device), device)
@@ -199,8 +201,8 @@ class Learner:
         self.objective = Objective(settings.image_size)
 
     def __call__(self, batch: Batch) -> None:
-        weights = self.recipe.train.loss
-        learn(batch, self.student, self.optimizer, self.objective, weights, 1e-4, self.recipe, self.accelerator)
+        settings = self.recipe.train
+        learn(batch, self.student, self.optimizer, self.objective, settings, 1e-4, self.recipe, self.accelerator)
 
 
 class Autocast(nn.Module):

@@ -38,7 +38,7 @@ def load_decoder(recipe: Recipe, cache: EmbeddingsCache, accelerator: Accelerato
         missing = str(error)
     if reasons := [reason for reason in gather_object([missing]) if reason]:
         if wants_masks(recipe):
-            raise InputError(f"the loss mask takes the teacher's decoder: {reasons[0]}")
+            raise InputError(f"losses of masks take the teacher's decoder: {reasons[0]}")
         accelerator.print(f"train: masks are not watched: {reasons[0]}")
         return None
     assert teacher is not None

@@ -3,16 +3,15 @@
 import os
 from collections.abc import Collection
 
-import torch
 from accelerate import Accelerator
 
 from distill.needs import need_own_cache, need_teacher
 from distill.recipe import Recipe
 from distill.run import open_cache, trained_student
-from distill.train import student_config, train
+from distill.student import check_student
+from distill.train import train
 from distill.training.metrics import check_trackers
 from distill.training.plan import check_batch, wants_masks
-from students import build_encoder, check_pretrained
 
 
 def check(recipe: Recipe, before: Collection[str]) -> None:
@@ -24,12 +23,7 @@ def check(recipe: Recipe, before: Collection[str]) -> None:
     check_trackers(recipe)
     if wants_masks(recipe):
         need_teacher(recipe)
-    pretrained = recipe.student.pretrained
-    if pretrained is True:
-        check_pretrained(recipe.student.name)
-    from_file = isinstance(pretrained, str)
-    with torch.device("cpu" if from_file else "meta"):
-        build_encoder(student_config(recipe), pretrained if from_file else False)
+    check_student(recipe)
     if "precompute" not in before:
         open_cache(recipe, partly=recipe.cache.per_node)
 

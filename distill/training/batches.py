@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from distill.recipe import Recipe
 from distill.training.limits import limit_of_workers, refuse_few_files, refuse_little_shared_memory
-from distill.training.plan import Plan, loss_weights
+from distill.training.plan import Plan, phase_settings, settings_in, weighs_masks
 from distill.training.prompts import MaskPrompts, sample_prompts
 from distill.training.rows import Group
 from embeddings_cache.images import pad_pixels, to_encoder_input
@@ -118,25 +118,29 @@ def collate(samples: list[Sample]) -> Batch | Handed:
 
 
 class CachedImages(Dataset[Sample]):
-    """Samples by epoch and row. Prompts are drawn where the epoch's losses ask for masks, by seed, epoch and key."""
+    """Samples by epoch and row. Prompts are drawn where the epoch's losses are of masks, by seed, epoch and key."""
 
     def __init__(self, cache: EmbeddingsCache, recipe: Recipe, with_prompts: bool = True) -> None:
         self.cache, self.recipe, self.with_prompts = cache, recipe, with_prompts
 
     @property
     def bytes_each(self) -> int:
-        """What a sample takes at most: its embedding and a square picture."""
+        """What a sample takes at most: its embedding, a square picture, and true masks where some phase has them."""
         channels, height, width = self.cache.info.identity.embedding_shape
-        return 2 * channels * height * width + 3 * self.recipe.image_size**2
+        prompts = max(each.mask_prompts if each.loss.get("truth") else 0 for each in phase_settings(self.recipe))
+        return (
+            2 * channels * height * width + 3 * self.recipe.image_size**2 + prompts * (self.recipe.image_size // 4) ** 2
+        )
 
     def __getitem__(self, draw: Draw) -> Sample:
         epoch, index = draw
         row = self.cache[index]
         prompts = None
-        if self.with_prompts and loss_weights(self.recipe, epoch).get("mask"):
+        if self.with_prompts and weighs_masks(settings := settings_in(self.recipe, epoch)):
             key = list(row.key.encode())
             rng = np.random.default_rng([self.recipe.seed, epoch, PROMPTS_STREAM, *key])
-            prompts = sample_prompts(row, self.recipe.train.mask_prompts, self.recipe.train.mask_rounds, rng)
+            grid = (self.recipe.image_size, self.recipe.image_size // 4) if settings.loss.get("truth") else None
+            prompts = sample_prompts(row, settings.mask_prompts, settings.mask_rounds, rng, settings.mask_points, grid)
         return Sample(row.key, torch.tensor(row.pixels()), row.input_size, torch.from_numpy(row.embedding), prompts)
 
 

@@ -3,7 +3,6 @@
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean, median
 
@@ -11,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from distill.schema import TrainRecipe
 from embeddings_cache.system import StopRequest
 from students import InputError
 
@@ -62,17 +62,17 @@ class Monitor:
         self.accelerator, self.stop_above, self.most_steps = accelerator, stop_above, most_steps
         self.checkpoint_seconds = 60 * checkpoint_minutes or math.inf
         self.interval, self.looked, self.saved = 1, time.perf_counter(), time.perf_counter()
-        self.weights: Mapping[str, float] = {}
+        self.settings: TrainRecipe | None = None
         self.usual: deque[float] = deque(maxlen=USUAL_OVER)
         self.pending: list[Step] = []
         self.judged: list[dict[str, float]] = []
         self.infinite = 0
 
-    def add(self, step: Step, weights: Mapping[str, float]) -> bool:
-        """Take note of a step, made with these weights of its losses; returns whether it is time to look, which is
-        the same on all processes."""
-        if weights != self.weights:
-            self.weights = weights
+    def add(self, step: Step, settings: TrainRecipe) -> bool:
+        """Take note of a step of the phase with these settings; returns whether it is time to look, which is the same
+        on all processes."""
+        if settings != self.settings:
+            self.settings = settings
             self.usual.clear()
         self.pending.append(step)
         return len(self.pending) >= self.interval

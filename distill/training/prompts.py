@@ -1,6 +1,7 @@
 """Prompts for training, drawn from an image's annotation as SAM's training draws its first ones."""
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,16 @@ class MaskPrompts:
     """Prompts of a batch, in pixels of the encoder's input.
 
     `points` is float32 (B, N, 2), foreground points as (x, y); `boxes` float32 (B, M, 4) as (x0, y0, x1, y1); `draws`
-    float32 (B, N + M, rounds) in [0, 1), which say where in a disagreement a correction goes.
+    float32 (B, N + M, rounds) in [0, 1), which say where in a disagreement a correction goes. `truths` is uint8
+    (B, N + M, side, side), of each cell of a low-resolution mask the share that the prompt's mask covers, 255 for all;
+    side is 0 where that was not asked for. `labelled` is boolean (B,): whether the image has masks.
     """
 
     points: torch.Tensor
     boxes: torch.Tensor
     draws: torch.Tensor
+    truths: torch.Tensor
+    labelled: torch.Tensor
 
     @classmethod
     def stack(cls, images: "Sequence[MaskPrompts]") -> "MaskPrompts":
@@ -34,8 +39,15 @@ class MaskPrompts:
         return cls(*(torch.stack([getattr(image, name) for image in images]) for name in cls.__annotations__))
 
 
-def sample_prompts(row: CacheRow, count: int, rounds: int, rng: np.random.Generator) -> MaskPrompts:
-    """Prompts of one image: for the larger half of `count` a point anywhere in a mask, for the rest a box around one.
+def sample_prompts(
+    row: CacheRow,
+    count: int,
+    rounds: int,
+    rng: np.random.Generator,
+    share_of_points: float = 0.5,
+    truth_grid: tuple[int, int] | None = None,
+) -> MaskPrompts:
+    """Prompts of one image: for some of `count` a point anywhere in a mask, for the rest a box around one.
 
     Masks are drawn without repetition while there are enough; an image without annotation is asked at random places.
     The box's corners are moved as SAM's training moves them. An annotation that cannot be decoded counts as none,
@@ -45,10 +57,12 @@ def sample_prompts(row: CacheRow, count: int, rounds: int, rng: np.random.Genera
         count: of prompts; the result has N + M = count.
         rounds: corrections to come.
         rng: decides everything.
+        share_of_points: of the prompts, rounded up.
+        truth_grid: side of the encoder's input and of low-resolution masks; None leaves `truths` empty.
     """
     scale = np.array([row.input_size[1] / row.original_size[1], row.input_size[0] / row.original_size[0]])
     limits = np.array([row.input_size[1], row.input_size[0]], dtype=float)
-    clicked = (count + 1) // 2
+    clicked = math.ceil(count * share_of_points)
     masks = list(_some_masks(row, count, rng))
     points, boxes = np.empty((clicked, 2)), np.empty((count - clicked, 4))
     for number in range(count):
@@ -60,7 +74,49 @@ def sample_prompts(row: CacheRow, count: int, rounds: int, rng: np.random.Genera
             noise = rng.normal(size=(2, 2)) * np.minimum(BOX_NOISE * (corners[1] - corners[0]), MOST_BOX_NOISE)
             boxes[number - clicked] = np.sort(np.clip(corners + noise, 0, limits), axis=0).ravel()
     draws = rng.uniform(size=(count, rounds))
-    return MaskPrompts(*(torch.from_numpy(values.astype(np.float32)) for values in (points, boxes, draws)))
+    truths = np.zeros((count, 0, 0), dtype=np.uint8)
+    if truth_grid is not None:
+        truths = np.zeros((count, truth_grid[1], truth_grid[1]), dtype=np.uint8)
+        for number in range(count if masks else 0):
+            truths[number] = covered_share(masks[number % len(masks)], row.input_size, *truth_grid)
+    floats = [torch.from_numpy(values.astype(np.float32)) for values in (points, boxes, draws)]
+    points_, boxes_, draws_ = floats
+    return MaskPrompts(points_, boxes_, draws_, torch.from_numpy(truths), torch.tensor(bool(masks)))
+
+
+def covered_share(mask: np.ndarray, input_size: tuple[int, int], image_size: int, side: int) -> np.ndarray:
+    """A mask on the grid of low-resolution masks, which lies over the encoder's padded input.
+
+    Args:
+        mask: boolean (H, W), at the size of its photograph.
+        input_size: height and width of the photograph within the encoder's input.
+        image_size: side of that input, in pixels.
+        side: of the grid.
+
+    Returns:
+        uint8 (side, side): of each cell the share that the mask covers, 255 for all of it; padding is not covered.
+    """
+    covered = mask.astype(np.float32)
+    for axis in (0, 1):
+        cells = math.ceil(input_size[axis] * side / image_size)
+        length = image_size / side * mask.shape[axis] / input_size[axis]  # of a cell, in the photograph's pixels
+        covered = _covered_lengths(covered, np.arange(cells + 1) * length).T / length
+    padding = [(0, side - cells) for cells in covered.shape]
+    return np.rint(255 * np.pad(covered, padding)).astype(np.uint8)
+
+
+def _covered_lengths(rows: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Integrals between edges (n + 1) of what stands in rows (H, W), each of which is 1 long: (n, W)."""
+    summed = np.concatenate([np.zeros_like(rows[:1]), rows.cumsum(axis=0)])
+    edges = edges.clip(max=len(rows))
+    below = np.minimum(edges.astype(int), len(rows) - 1)
+    part = (edges - below)[:, None]
+    return np.diff(summed[below] * (1 - part) + summed[below + 1] * part, axis=0)
+
+
+def has_masks(row: CacheRow) -> bool:
+    """Whether an image's annotation has a mask that is not empty."""
+    return next(_some_masks(row, 1, np.random.default_rng(0)), None) is not None
 
 
 def _some_masks(row: CacheRow, count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:

@@ -13,22 +13,24 @@ from distill.recipe import (
     load_recipe,
     to_yaml,
 )
-from distill.train import student_config
+from distill.student import student_config
+from distill.training.plan import Plan, Schedule, phase_settings
 from students import PUBLISHED, InputError
 
 PAPERS = [
-    "efficientvit_l0", "efficientvit_l1", "repvit_m0_9", "repvit_m1_1", "repvit_m1_1_512", "repvit_m2_3", "tiny_vit_5m",
+    "efficientvit_l0", "efficientvit_l1", "repvit_m0_9", "repvit_m1_1", "repvit_m1_1_512", "repvit_m2_3",
+    "repvit_m2_3_masks", "tiny_vit_5m",
 ]  # fmt: skip
 
 
-def test_the_shipped_recipes_are_the_papers_and_the_quickstart() -> None:
-    assert list_recipes() == sorted(["quickstart", *PAPERS])
+def test_the_shipped_recipes_are_the_papers_the_quickstart_and_ones_own_photos() -> None:
+    assert list_recipes() == sorted(["quickstart", "own_photos", "edge_sam", "mobile_sam", *PAPERS])
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_paper_recipes_have_the_papers_setting(name: str) -> None:
     recipe = load_recipe([f"recipe={name}"])
-    assert recipe.student.name == name.removesuffix("_512")
+    assert recipe.student.name == name.removesuffix("_512").removesuffix("_masks")
     assert recipe.teacher.name == "vit_h"
     assert (recipe.image_size, recipe.data.fraction, recipe.train.epochs) == (1024, 0.01, 8)
     assert (recipe.train.loss, recipe.student.downsample) == ({"mse": 1.0}, "stride1")
@@ -57,6 +59,8 @@ def test_values_come_from_schema_then_file_then_command_line(tmp_path: Path) -> 
         ("cache.jpeg_quality=png", "cache.jpeg_quality", "png"),
         ("run_dir=2026-11-20", "run_dir", "2026-11-20"),
         ("train.loss={mse: 2}", "train.loss", {"mse": 2.0}),
+        ("train.loss={mask: 1}", "train.loss", {"mask": 1.0}),
+        ("train.loss.mask=1", "train.loss", {"mse": 1.0, "mask": 1.0}),
         ("student.overrides.depths=[1, 2, 3, 4]", "student.overrides.depths", [1, 2, 3, 4]),
         ("teacher.checkpoint=null", "teacher.checkpoint", None),
         ("train.workers=3", "train.workers", 3),
@@ -74,7 +78,7 @@ def test_command_line_values(argument: str, key: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "command line: recipe=NAME is missing; recipes: efficientvit_l0, "),
+        ([], "command line: recipe=NAME is missing; recipes: edge_sam, "),
         (["recipe=repvit_m9"], "command line: unknown recipe 'repvit_m9'; did you mean 'repvit_m0_9'?"),
         (["recipe=gone.yaml"], "command line: recipe=gone.yaml: no such file"),
         (["recipe=quickstart", "train.epohcs=3"], "unknown key 'train.epohcs'; did you mean 'train.epochs'?"),
@@ -88,7 +92,7 @@ def test_command_line_values(argument: str, key: str, value: object) -> None:
         (["recipe=quickstart", "stage=trian"], "command line: stage=trian is not known; did you mean 'train'?"),
         (["recipe=quickstart", "student.name=repvit_m3_2"], "student.name=repvit_m3_2 is not known; did you mean"),
         (["recipe=quickstart", "student.downsample=stride2"], "student.downsample=stride2 is not known; did you mean"),
-        (["recipe=quickstart", "student.pretrained=3"], "student.pretrained=3 is neither true, false, nor the path"),
+        (["recipe=quickstart", "student.pretrained=3"], "student.pretrained=3 is neither true, false, auto, nor"),
         (["recipe=quickstart", "teacher.name=vit_x"], "teacher.name=vit_x is not known; did you mean 'vit_l'?"),
         (["recipe=quickstart", "cache.jpeg_quality=101"], "cache.jpeg_quality=101 is neither 1-100 nor png"),
         (["recipe=quickstart", "cache.jpeg_quality=true"], "cache.jpeg_quality=True is neither 1-100 nor png"),
@@ -97,6 +101,15 @@ def test_command_line_values(argument: str, key: str, value: object) -> None:
         (["recipe=quickstart", "data.images=[1, 2]"], "data.images=[1, 2] is neither text nor a list of texts"),
         (["recipe=quickstart", "evaluate.data=scenes:5"], "scenes are made for data.images only"),
         (["recipe=quickstart", "train.loss.masks=1"], "train.loss=masks is not known; did you mean 'mask'?"),
+        (["recipe=quickstart", "train.loss={}"], "train.loss={}: weights are not negative, and one is more than 0"),
+        (["recipe=quickstart", "train.then=[{lr: 0}]"], "command line: train.then[0].lr=0.0 is not above 0"),
+        (["recipe=quickstart", "train.then=[{}, {mask_points: 2}]"], "train.then[1].mask_points=2.0 is more than 1"),
+        (["recipe=quickstart", "train.then=[{mask_targets: hard}]"], "then[0].mask_targets=hard is not known; known:"),
+        (["recipe=quickstart", "train.mask_targets=sotf"], "train.mask_targets=sotf is not known; did you mean"),
+        (["recipe=quickstart", "train.lr_per=0"], "command line: train.lr_per=0 is less than 1"),
+        (["recipe=quickstart", "based_on=repvit_m2_3"], "command line: unknown key 'based_on'"),
+        (["recipe=own_photos", "data.images=x"], "own_photos.yaml leaves to the command line: student.start=..., go"),
+        (["recipe=own_photos", "data.images=x", "student.start=gone.pt"], "gone.pt: no such file"),
         (["recipe=quickstart", "train.then=[{epochs: 0}]"], "command line: train.then[0].epochs=0 is less than 1"),
         (["recipe=quickstart", "train.then=[{loss: {kl: 1}}]"], "train.then[0].loss=kl is not known"),
         (["recipe=quickstart", "train.then=[{loss: {mse: 0}}]"], "train.then[0].loss={'mse': 0.0}: weights are not"),
@@ -133,6 +146,72 @@ def test_a_mistake_in_a_file_is_named_with_the_file(tmp_path: Path) -> None:
         with pytest.raises(InputError) as error:
             load_recipe([f"recipe={path}"])
         assert message in str(error.value)
+
+
+def test_a_phases_losses_are_those_that_it_names() -> None:
+    recipe = load_recipe(["recipe=quickstart", "train.then=[{loss: {mask_bce: 5}, lr: 1e-4}, {epochs: 2}]"])
+    assert [phase.loss for phase in recipe.train.then] == [{"mask_bce": 5.0}, None]
+    assert [settings.loss for settings in phase_settings(recipe)] == [{"mse": 1.0}, {"mask_bce": 5.0}, {"mse": 1.0}]
+
+
+def test_a_recipe_says_what_differs_from_the_one_that_it_is_based_on(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "base.yaml").write_text(
+        "based_on: repvit_m1_1\nrun_dir: elsewhere\ntrain: {lr: 0.5, epochs: 3, loss: {cosine: 1}}\n"
+    )
+    (tmp_path / "deep" / "mine.yaml").write_text("based_on: ../base.yaml\ntrain: {epochs: 4, loss: {l1: 2}}\n")
+    recipe = load_recipe([f"recipe={tmp_path / 'deep' / 'mine.yaml'}", "train.batch_size=2"])
+    assert (recipe.name, recipe.run_dir) == ("mine", "runs/mine")  # and not the base's
+    assert (recipe.student.name, recipe.data.fraction) == ("repvit_m1_1", 0.01)
+    assert (recipe.train.lr, recipe.train.epochs, recipe.train.batch_size) == (0.5, 4, 2)
+    assert recipe.train.loss == {"l1": 2.0}
+    (tmp_path / "recipe.yaml").write_text(saved := to_yaml(recipe))
+    assert "based_on" not in saved
+    assert load_recipe([f"recipe={tmp_path / 'recipe.yaml'}"]) == recipe
+
+
+def test_bases_that_are_unknown_or_go_round_are_refused(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    second.write_text("based_on: first.yaml\ndata: {images: x}\n")
+    for base, message in (
+        ("repvit_m2_4", "first.yaml: based_on=repvit_m2_4 is not known; did you mean 'repvit_m2_3'?"),
+        ("third.yaml", "first.yaml: based_on=third.yaml: no such file"),
+        ("[a, b]", "first.yaml: based_on=['a', 'b'] is neither a recipe's name nor a path"),
+        ("first.yaml", "first.yaml: based_on makes a circle: "),
+        ("second.yaml", "second.yaml: based_on makes a circle: "),
+    ):
+        first.write_text(f"based_on: {base}\n")
+        with pytest.raises(InputError) as error:
+            load_recipe([f"recipe={first}"])
+        assert message in str(error.value)
+    assert str(error.value).count("→") == 2
+
+
+def test_a_mistake_is_told_of_the_file_that_makes_it(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("data: {images: x}\ntrain: {lr: -1}\n")
+    (tmp_path / "mine.yaml").write_text("based_on: base.yaml\ntrain: {epochs: 2}\n")
+    with pytest.raises(InputError, match=r"base.yaml: train.lr=-1.0 is not above 0"):
+        load_recipe([f"recipe={tmp_path / 'mine.yaml'}"])
+    (tmp_path / "base.yaml").write_text("data: {images: x}\n")
+    (tmp_path / "mine.yaml").write_text("based_on: base.yaml\ntrain: {epochs: -2}\n")
+    with pytest.raises(InputError, match=r"mine.yaml: train.epochs=-2 is negative"):
+        load_recipe([f"recipe={tmp_path / 'mine.yaml'}"])
+
+
+def test_edge_sams_phases_are_the_published_ones() -> None:
+    """Of its training configuration; the first phase's rate is for a batch of 64."""
+    recipe = load_recipe(["recipe=edge_sam"])
+    assert student_config(recipe) == PUBLISHED["edge_sam"]
+    plan = Plan.of(recipe, 1600, 1)
+    first, second = plan.phases
+    assert first.schedule == Schedule(0, 1000, 500, 0.0125 / 4, 6.25e-7 / 4)
+    assert second.schedule == Schedule(1000, 500, 0, 1e-4, 1e-5)
+    settings = [(p.settings.epochs, p.settings.weight_decay, p.settings.clip_norm) for p in plan.phases]
+    assert settings == [(10, 0.01, 5.0), (5, 0.05, 0.01)]
+    assert (first.settings.loss, first.settings.ignore_padding) == ({"mse": 1.0}, True)
+    assert (second.settings.loss, second.settings.mask_targets) == ({"mask_bce": 5.0, "mask_dice": 5.0}, "binary")
+    assert (second.settings.mask_prompts, second.settings.mask_points, second.settings.mask_rounds) == (16, 0.5, 1)
+    assert student_config(load_recipe(["recipe=mobile_sam"])) == PUBLISHED["mobile_sam"]
 
 
 def test_the_resolved_recipe_reproduces_itself(tmp_path: Path) -> None:
@@ -195,7 +274,7 @@ def test_the_contracts_keys_exist() -> None:
         "teacher": "name checkpoint",
         "data": "images fraction val_images max_skipped",
         "cache": "dir dtype images_per_shard jpeg_quality",
-        "train": "epochs batch_size lr loss checkpoint_every",
+        "train": "epochs batch_size lr lr_per loss then checkpoint_every mask_targets mask_points",
         "evaluate": "task data",
         "export": "formats",
     }.items():

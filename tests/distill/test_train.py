@@ -16,8 +16,9 @@ from distill.evaluate.masks import evaluate_masks
 from distill.launch import create_accelerator
 from distill.recipe import Recipe, load_recipe
 from distill.run import claim_run_dir, read_metrics
-from distill.schema import PhaseRecipe, StudentRecipe
-from distill.train import prepare, student_config, train
+from distill.schema import PhaseRecipe, StudentRecipe, TrainRecipe
+from distill.student import student_config
+from distill.train import prepare, train
 from distill.training.monitor import Monitor, Step
 from embeddings_cache.images.preprocessing import pad_pixels, to_encoder_input
 from embeddings_cache.shards.reader import EmbeddingsCache
@@ -72,45 +73,57 @@ def plain_training(recipe: Recipe) -> dict[str, torch.Tensor]:
     student = create_student(recipe.student.name, recipe.image_size, 128, **recipe.student.overrides)
     matrices = [p for p in student.parameters() if p.ndim > 1]
     vectors = [p for p in student.parameters() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.train.lr)
     size, per_epoch = recipe.train.batch_size, len(rows) // recipe.train.batch_size
     total = per_epoch * recipe.train.epochs
     warmup = min(recipe.train.warmup_steps, total // 10)
-    step, average = 0, dict(student.state_dict())
-    for epoch in range(recipe.train.epochs):
-        order = np.random.default_rng([recipe.seed, epoch]).permutation(rows)
-        for start in range(0, per_epoch * size, size):
-            cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    phases = [(recipe.train.epochs, "mse", recipe.train.lr, 0.0, warmup, 0.05, recipe.train.clip_norm)]
+    if recipe.train.then:  # L1_AFTER
+        phases.append((1, "l1", 0.01, 0.001, 0, 0.5, 0.1))
+    step, average, epoch = 0, dict(student.state_dict()), -1
+    for phase_epochs, loss, peak, end, warmup, decay, clip in phases:
+        groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer, first, total = torch.optim.AdamW(groups), step, per_epoch * phase_epochs
+        for start in [start for _ in range(phase_epochs) for start in range(0, per_epoch * size, size)]:
+            if start == 0:
+                epoch += 1
+                order = np.random.default_rng([recipe.seed, epoch]).permutation(rows)
+            done = step - first
+            cosine = end + (peak - end) * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (total - warmup)))
             for group in optimizer.param_groups:
-                group["lr"] = recipe.train.lr * ((step + 1) / (warmup + 1) if step < warmup else cosine)
+                group["lr"] = peak * (done + 1) / (warmup + 1) if done < warmup else cosine
             optimizer.zero_grad()
             for part in np.split(order[start : start + size], recipe.train.accumulate):
                 batch = [cache[int(index)] for index in part]
                 pixels = torch.stack([pad_pixels(row.pixels(), recipe.image_size) for row in batch])
                 images = to_encoder_input(pixels, torch.tensor([row.input_size for row in batch]))
                 target = torch.stack([torch.from_numpy(row.embedding).float() for row in batch])
+                difference = student(images) - target
                 errors = [
                     # the quickstart leaves out cells of 16 px that only cover padding
-                    square[:, : -(-row.input_size[0] // 16), : -(-row.input_size[1] // 16)].mean()
-                    for square, row in zip((student(images) - target) ** 2, batch, strict=True)
+                    distance[:, : -(-row.input_size[0] // 16), : -(-row.input_size[1] // 16)].mean()
+                    for distance, row in zip(difference**2 if loss == "mse" else abs(difference), batch, strict=True)
                 ]
                 (torch.stack(errors).mean() / recipe.train.accumulate).backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), recipe.train.clip_norm)
+            torch.nn.utils.clip_grad_norm_(student.parameters(), clip)
             optimizer.step()
             step += 1
             # timm's warm-up of the decay: 0 at the first step, so that the average begins with its weights
-            decay = min(recipe.train.ema, 1 - step ** (-2 / 3)) if recipe.train.ema else 0.0
+            kept = min(recipe.train.ema, 1 - step ** (-2 / 3)) if recipe.train.ema else 0.0
             for name, tensor in student.state_dict().items():
                 whole = not tensor.is_floating_point()
-                average[name] = tensor.clone() if whole else decay * average[name] + (1 - decay) * tensor
+                average[name] = tensor.clone() if whole else kept * average[name] + (1 - kept) * tensor
     return average
 
 
-@pytest.mark.parametrize(("accumulate", "ema"), [(1, 0.0), (2, 0.7)])
-def test_equals_a_plain_pytorch_loop(accumulate: int, ema: float, recipe: Recipe) -> None:
+L1_AFTER = PhaseRecipe(
+    1, {"l1": 1.0}, lr=0.02, lr_end=0.002, lr_per=8, warmup_steps=0, weight_decay=0.5, clip_norm=0.1
+)  # TINY's batch is 4
+
+
+@pytest.mark.parametrize(("accumulate", "ema", "then"), [(1, 0.0, []), (2, 0.7, [L1_AFTER])])
+def test_equals_a_plain_pytorch_loop(accumulate: int, ema: float, then: list[PhaseRecipe], recipe: Recipe) -> None:
     # Adam divides by gradients near 0, and so enlarges what another memory format rounds otherwise.
-    recipe.train = replace(recipe.train, accumulate=accumulate, ema=ema, channels_last=False)
+    recipe.train = replace(recipe.train, accumulate=accumulate, ema=ema, then=then, channels_last=False)
     train(recipe, create_accelerator(recipe))
     expected = plain_training(recipe)
     for name, tensor in weights(recipe.run_dir).items():
@@ -189,6 +202,7 @@ DROPPING = {"widths": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "num_heads": [1, 
 
 
 MASKS = [PhaseRecipe(1, {"mse": 1.0, "mask": 0.5})]
+OWN = [PhaseRecipe(1, {"mask_bce": 5.0, "mask_dice": 5.0, "truth": 1.0}, lr=1e-3, clip_norm=0.01, mask_prompts=2)]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +212,7 @@ MASKS = [PhaseRecipe(1, {"mse": 1.0, "mask": 0.5})]
         (4, 3, {}, None),
         (3, 8, {"accumulate": 2, "ema": 0.8, "batch_norm": "frozen"}, None),
         (3, 8, {"workers": 2, "ema": 0.8, "epochs": 1, "then": MASKS}, None),
+        (5, 6, {"epochs": 1, "then": OWN}, None),
         (3, 8, {"ema": 0.8}, DROPPING),
     ],
 )
@@ -222,11 +237,11 @@ def test_a_run_that_was_interrupted_ends_with_the_same_weights(
     steps = []
     original = Monitor.add
 
-    def killing(monitor: Monitor, step: Step, weights: dict[str, float]) -> bool:
+    def killing(monitor: Monitor, step: Step, settings: TrainRecipe) -> bool:
         steps.append(step.number)
         if step.number == killed_at and len(steps) == killed_at:
             raise Killed
-        return original(monitor, step, weights)
+        return original(monitor, step, settings)
 
     monkeypatch.setattr(Monitor, "add", killing)
     with pytest.raises(Killed):

@@ -28,8 +28,9 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 SETTINGS = (
     *TINY,
     "stage=train",
-    "train.epochs=3",
-    "train.then=[{epochs: 1, loss: {mse: 1.0, mask: 0.5}}]",
+    "train.epochs=1",
+    "train.then=[{loss: {mse: 1, mask: 0.5}}, {loss: {mask_bce: 5, mask_dice: 5}, lr: 0.001, mask_targets: binary}, "
+    "{loss: {truth: 1}, lr: 0.0001, lr_end: 0.00001, clip_norm: 0.1}]",
     "train.mask_prompts=2",
     "train.ema=0.9",
     "train.workers=2",
@@ -40,7 +41,7 @@ SETTINGS = (
 
 @pytest.fixture
 def arguments(finished_run: Path, scene_tar: Path) -> tuple[str, ...]:
-    """20 steps on the finished cache; `run_dir` is still to be given."""
+    """20 steps on the finished cache, in four phases; `run_dir` is still to be given."""
     images, _, cache = places(finished_run, scene_tar)
     return (*SETTINGS, images, cache)
 
@@ -120,7 +121,7 @@ def test_killed_at_any_moment_and_stopped_it_ends_with_the_same_bits(
 ) -> None:
     undisturbed = Run(arguments, tmp_path / "undisturbed")
     running.append(undisturbed)
-    for step, number in ((3, signal.SIGKILL), (9, signal.SIGTERM), (17, signal.SIGKILL)):
+    for step, number in ((3, signal.SIGKILL), (8, signal.SIGTERM), (12, signal.SIGKILL), (17, signal.SIGKILL)):
         run = Run(arguments, tmp_path / "killed")
         running.append(run)
         run.at_step(step)
@@ -152,7 +153,7 @@ def test_killed_at_any_moment_and_stopped_it_ends_with_the_same_bits(
 def test_two_processes_equal_one_and_go_on_after_a_kill(
     arguments: tuple[str, ...], tmp_path: Path, running: list[Run]
 ) -> None:
-    exact = (*arguments, "train.batch_norm=frozen", "train.batch_size=8", "train.epochs=9")
+    exact = (*arguments, "train.batch_norm=frozen", "train.batch_size=8", "train.epochs=7")
     one, two, killed = tmp_path / "one", tmp_path / "two", tmp_path / "killed"
     for run_dir, launcher in ((one, ()), (two, TORCHRUN)):
         running.append(Run(exact, run_dir, launcher))

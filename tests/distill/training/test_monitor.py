@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from distill.launch import create_accelerator
 from distill.recipe import Recipe, load_recipe
+from distill.schema import TrainRecipe
 from distill.train import train
 from distill.training.monitor import Monitor, Step, UnsoundLoss
 from embeddings_cache.shards.reader import EmbeddingsCache
@@ -70,34 +71,34 @@ def step_of(number: int, loss: float, norm: float = 1.0) -> Step:
 def test_what_is_usual_is_learnt_anew_when_the_losses_change() -> None:
     monitor = Monitor(Accelerator(), 10.0, 1, 0.0)
     for number in range(20):
-        monitor.add(step_of(number, 0.01), {"mse": 1.0})
+        monitor.add(step_of(number, 0.01), TrainRecipe())
         monitor.look(StopRequest())
-    monitor.add(step_of(20, 1.0), {"mse": 1.0, "mask": 1.0})
+    monitor.add(step_of(20, 1.0), TrainRecipe(loss={"mask": 1.0}))
     assert not monitor.look(StopRequest()).stop
     monitor = Monitor(Accelerator(), 10.0, 1, 0.0)
     for number in range(20):
-        monitor.add(step_of(number, 0.01), {"mse": 1.0})
-    monitor.add(step_of(20, 1.0), {"mse": 1.0})
+        monitor.add(step_of(number, 0.01), TrainRecipe())
+    monitor.add(step_of(20, 1.0), TrainRecipe())
     with pytest.raises(UnsoundLoss, match=r"the loss is 1, more than 10 times .* at step 20, images sa_20"):
         monitor.look(StopRequest())
 
 
 def test_a_gradient_that_is_no_number_stops_the_run() -> None:
     monitor = Monitor(Accelerator(), 0.0, 1, 0.0)
-    monitor.add(step_of(3, 1.0, float("inf")), {"mse": 1.0})
+    monitor.add(step_of(3, 1.0, float("inf")), TrainRecipe())
     with pytest.raises(UnsoundLoss, match="the gradient's norm is inf at step 3, images sa_3"):
         monitor.look(StopRequest())
 
 
 def test_a_look_says_who_asked_and_whether_a_checkpoint_is_overdue() -> None:
     monitor, request = Monitor(Accelerator(), 0.0, 1, 1e-12), StopRequest()
-    monitor.add(step_of(1, 1.0), {"mse": 1.0})
+    monitor.add(step_of(1, 1.0), TrainRecipe())
     look = monitor.look(request)
     assert (look.stop, look.save) == (False, True)
     request.signal_number = 15
     monitor.saved_now()
     monitor.checkpoint_seconds = 60.0
-    monitor.add(step_of(2, 3.0), {"mse": 1.0})
+    monitor.add(step_of(2, 3.0), TrainRecipe())
     look = monitor.look(request)
     assert (look.stop, look.save) == (True, False)
     assert monitor.means() == {"loss": 2.0, "gradient_norm": 1.0}
