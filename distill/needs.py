@@ -7,8 +7,8 @@ from distill.recipe import Recipe
 from distill.run import chosen_student, refuse_other_settings
 from embeddings_cache.images import expand_sources, pick_sources
 from embeddings_cache.shards import CacheInfo, read_info
-from embeddings_cache.teacher import check_teacher
-from students import InputError, inspect_checkpoint
+from embeddings_cache.teacher import check_teacher, inspect_teacher
+from students import InputError
 
 
 def need_teacher(recipe: Recipe) -> None:
@@ -20,7 +20,7 @@ def need_decoder(recipe: Recipe) -> None:
     """Raise `InputError` unless the recipe's teacher can be loaded, and makes masks."""
     need_teacher(recipe)
     checkpoint = recipe.teacher.checkpoint
-    if checkpoint and not (found := inspect_checkpoint(checkpoint)).has_decoder:
+    if checkpoint and not (found := inspect_teacher(checkpoint)).has_decoder:
         why = f"{checkpoint}: {found.left_out}" if found.left_out else f"{checkpoint} holds an image encoder alone"
         raise InputError(f"{why}: it can teach (stage=precompute, train, export), but masks need a decoder")
 

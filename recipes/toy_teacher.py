@@ -1,26 +1,35 @@
-"""Train the toy teacher, the small SAM that comes with the package, on generated scenes.
+"""Train the toy teacher, the small SAM that comes with the package, on generated scenes; or one like it on photographs.
 
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 -m recipes.toy_teacher
+    python -m recipes.toy_teacher images='train/*.tar' test='test/*.tar' --out small_sam.safetensors
 
 As SAM was trained (arXiv:2304.02643, appendix A): the first prompt is a random point of a mask, or its box with noise;
 corrective clicks follow, each drawn from where the mask is still wrong, with the previous logits as mask prompt; focal
 and dice loss stand 20:1, with the squared error of the predicted IoU; of the three masks for an ambiguous prompt only
 the best one learns. Unlike there, after the first prompt the single mask learns too, whatever the prompt was; logits
 are compared at the decoder's own resolution with the share of each cell that the mask covers; and the first 7,000
-steps are taken at half the image size, where they cost half.
+steps on scenes are taken at half the image size, where they cost half.
 
-The weights in the package came from the command above: seed 20230405, 95 minutes on two cores (torch 2.15, the machine
+The weights in the package came from the first command: seed 20230405, 95 minutes on two cores (torch 2.15, the machine
 not quite idle). mIoU with the ground truth on the 200 unseen scenes of `measure`: 0.828 for one point, 0.880 for one
 box; a box that is filled whole would score 0.547.
+
+The second takes photographs with masks beside them, whatever a recipe's `data.images` takes, and measures on those of
+`test`, or on a tenth that it does not learn from. It starts from the package's weights, unless `--start` says other.
+`teacher.name=toy teacher.checkpoint=small_sam.safetensors` then teaches with it. docs/training.md has measurements.
 """
 
 import argparse
 import json
 import math
+import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,70 +47,180 @@ from distill.train import parameter_groups
 from embeddings_cache.embed import Prepared, embedded_rows, prepare
 from embeddings_cache.images import Sample, generate_scene, normalize, resize_longest_side, sa1b_annotation
 from embeddings_cache.system import progress_bar, whole_file
-from embeddings_cache.teacher import TOY_IMAGE_SIZE, WEIGHTS, TeacherEncoder, build_toy_sam, load_toy_state
+from embeddings_cache.teacher import (
+    TOY_IMAGE_SIZE,
+    WEIGHTS,
+    TeacherEncoder,
+    build_toy_sam,
+    load_toy_state,
+    read_toy_state,
+    resolve_dtype,
+)
+from recipes import toy_photographs
+from recipes.toy_losses import Example, average_gradients, backward
+from students import InputError
 
 SEED = 20230405  # the day SAM was published; scenes of the quickstart have seed 0
 SCENES = 12_000
 PHASES = ((TOY_IMAGE_SIZE // 2, 7_000), (TOY_IMAGE_SIZE, 8_500))
 """Image size and optimizer steps."""
 BATCH = 8
-"""Scenes a step, over all processes."""
+"""Pictures a step, over all processes."""
 MASKS = 6
-CLICKS = 2
-BY_BOX = 0.6
-"""Share of the scenes whose first prompts are boxes."""
-CORRECTED = 0.25
-"""Share of the scenes that get corrective clicks, on half as many masks."""
 LEARNING_RATE = 1e-3
 WARMUP = 200
 SAVE_EVERY = 1000
+PARTIAL = ".partial.safetensors"
 MIN_AREA = 25
 MEASURED_SCENES = 200
+
+PHOTOGRAPH_STEPS, SAVE_PHOTOGRAPHS_EVERY = 500, 100
+"""About half an hour of one core for a few hundred photographs."""
+
+PACKAGE_WEIGHTS = Path(str(files("embeddings_cache.teacher") / WEIGHTS))
 
 Scene = tuple[np.ndarray, np.ndarray]
 """RGB uint8 (H, W, 3), and the number of the shape that each pixel shows, uint8 (H, W), 0 for the ground."""
 
 
-def main() -> None:
-    """Make scenes, train on them, write the weights and say what they are worth."""
+@dataclass(frozen=True)
+class Course:
+    """What the toy learns from, and how.
+
+    Attributes:
+        pictures: scenes or photographs.
+        augment: a picture, an image size and random numbers → an example.
+        measure: mIoU by prompt on other pictures: the first so many, or all.
+        phases: image size and optimizer steps.
+        shorter: how many times fewer steps are taken.
+        masks: of a picture, at most.
+        warmup: steps until the learning rate has its peak.
+        save_every: so many steps weights are saved, and measured on a few pictures.
+        dtype: that the encoder computes in.
+        start: weights to begin with; drawn ones where there are none.
+    """
+
+    pictures: Sequence[Any]
+    augment: Callable[[Any, int, np.random.Generator], Example]
+    measure: Callable[[Sam, int | None], dict[str, float]]
+    phases: Sequence[tuple[int, int]]
+    shorter: int = 1
+    masks: int = MASKS
+    warmup: int = WARMUP
+    save_every: int = SAVE_EVERY
+    dtype: torch.dtype = torch.bfloat16
+    start: dict[str, torch.Tensor] | None = None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train on what the command line says; returns the exit code, not 0 after one line on stderr."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    default = Path(str(files("embeddings_cache.teacher") / WEIGHTS))
-    parser.add_argument("--out", type=Path, default=default, help="where the weights go (default: %(default)s)")
+    keys = "images=, test=, annotations=: what data.images, evaluate.data and data.annotations are in a recipe"
+    parser.add_argument("photographs", nargs="*", metavar="key=value", help=keys)
+    parser.add_argument("--out", type=Path, default=PACKAGE_WEIGHTS, help="where the weights go (default: %(default)s)")
     parser.add_argument("--short", type=int, default=1, metavar="N", help="make all N times shorter, to try it out")
-    options = parser.parse_args()
-    if options.short > 1 and options.out == default:
-        parser.error("--short is for trying it out: say --out too, so that the package keeps its weights")
+    parser.add_argument("--steps", type=int, help=f"of {BATCH} photographs each (default: {PHOTOGRAPH_STEPS})")
+    start = "photographs: begin with weights that this script made, or with none (default: those of the package)"
+    parser.add_argument("--start", metavar="FILE", help=start)
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        run(options)
+    except InputError as error:
+        print(f"toy_teacher: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, write the weights and say what they are worth.
+
+    Raises:
+        InputError: what is asked for cannot be done; before anything is.
+    """
+    if options.out.resolve() == PACKAGE_WEIGHTS.resolve() and (options.photographs or options.short > 1):
+        what = "photographs make a toy of their own" if options.photographs else "--short is for trying it out"
+        raise InputError(f"{what}: say --out FILE.safetensors, so that the package keeps its weights")
+    if options.out.suffix != ".safetensors" or not options.out.parent.is_dir():
+        raise InputError(f"--out {options.out} is no *.safetensors in a directory that is there")
+    if not options.photographs and (options.start is not None or options.steps is not None):
+        raise InputError("--start and --steps are for photographs: say images=")
+    if options.short < 1 or (options.steps is not None and options.steps < 1):
+        raise InputError("--short and --steps take positive numbers")
     accelerator, started = Accelerator(), time.perf_counter()
-    sam = train(accelerator, options.out, options.short)
+    course = (
+        photograph_course(options, accelerator) if options.photographs else scene_course(options.short, accelerator)
+    )
+    sam = train(accelerator, course, options.out)
     if accelerator.is_main_process:
         load_toy_state(sam, save_weights(sam, options.out))
-        scores = measure(sam, range(MEASURED_SCENES // options.short))
+        options.out.with_suffix(PARTIAL).unlink(missing_ok=True)
+        scores = course.measure(sam, None)
         minutes = (time.perf_counter() - started) / 60
         print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB after {minutes:.0f} min, mIoU {scores}")
     accelerator.wait_for_everyone()
 
 
-def train(accelerator: Accelerator, out: Path, shorter: int) -> Sam:
-    """The trained toy at its final image size; every process returns the same weights. Now and then they are saved."""
+def scene_course(shorter: int, accelerator: Accelerator) -> Course:
+    """This process's share of the scenes, and others to measure on."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
     scenes = [draw_scene(number) for number in range(rank, SCENES // shorter, ranks)]
+
+    def measured(sam: Sam, count: int | None) -> dict[str, float]:
+        return measure(sam, range(count or MEASURED_SCENES // shorter))
+
+    return Course(scenes, augment, measured, PHASES, shorter)
+
+
+def photograph_course(options: argparse.Namespace, accelerator: Accelerator) -> Course:
+    """The photographs that the command line names, and others to measure on.
+
+    Raises:
+        InputError: there are none with masks, or the weights to start from are no toy's.
+    """
+    recipe = toy_photographs.read_settings(options.photographs)
+    start = None if options.start == "none" else read_toy_state(options.start or PACKAGE_WEIGHTS)
+    steps = options.steps or PHOTOGRAPH_STEPS
+    learnt, others = toy_photographs.load_photographs(recipe, accelerator)
+    return Course(
+        learnt,
+        toy_photographs.augment,
+        lambda sam, count: score(sam, others[:count]),
+        phases=[(TOY_IMAGE_SIZE, steps)],
+        shorter=options.short,
+        masks=toy_photographs.MASKS,
+        warmup=min(WARMUP, max(1, steps // options.short // 10)),
+        save_every=SAVE_PHOTOGRAPHS_EVERY,
+        dtype=getattr(torch, resolve_dtype("auto", accelerator.device)),
+        start=start,
+    )
+
+
+def train(accelerator: Accelerator, course: Course, out: Path) -> Sam:
+    """The trained toy at its final image size; every process returns the same weights. Now and then they are saved."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
     set_seed(SEED)
-    sam = build_toy_sam(PHASES[0][0])
+    sam = build_toy_sam(course.phases[0][0])
+    if course.start is not None:
+        load_toy_state(sam, course.start)
     set_seed(SEED + rank)
     rng = np.random.default_rng([SEED, rank])
-    total, done = sum(steps for _, steps in PHASES) // shorter, 0
+    total, done = sum(steps for _, steps in course.phases) // course.shorter, 0
     progress = progress_bar(accelerator, "toy teacher", "steps", total=total)
-    for size, steps in PHASES:
+    for size, steps in course.phases:
         smaller, sam = sam, build_toy_sam(size)
         load_toy_state(sam, smaller.state_dict())
         sam.to(accelerator.device).train()
         optimizer = torch.optim.AdamW(parameter_groups(sam, weight_decay=0.05), betas=(0.9, 0.99), fused=True)
         losses: list[float] = []
-        for step in range(steps // shorter):
+        for step in range(steps // course.shorter):
+            rate = LEARNING_RATE * min(1, (step + 1) / course.warmup) * (1 + math.cos(math.pi * done / total)) / 2
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * min(1, (step + 1) / WARMUP) * (1 + math.cos(math.pi * done / total)) / 2
-            chosen = [scenes[number] for number in rng.integers(len(scenes), size=BATCH // ranks)]
-            losses.append(backward(sam, [augment(scene, size, rng) for scene in chosen], rng))
+                group["lr"] = rate
+            chosen = [
+                course.pictures[number] for number in rng.integers(len(course.pictures), size=max(1, BATCH // ranks))
+            ]
+            batch = [course.augment(picture, size, rng) for picture in chosen]
+            losses.append(backward(sam, batch, rng, course.masks, course.dtype))
             average_gradients(sam, accelerator)
             nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
             optimizer.step()
@@ -109,9 +228,9 @@ def train(accelerator: Accelerator, out: Path, shorter: int) -> Sam:
             done += 1
             progress.update()
             progress.set_postfix(size=size, loss=f"{fmean(losses[-500:]):.4f}", refresh=False)
-            if done % SAVE_EVERY == 0 and accelerator.is_main_process:
-                save_weights(sam, out.with_suffix(".partial.safetensors"))
-                accelerator.print(f"step {done}: mIoU {measure(sam, range(20))} at {size} px")
+            if done % course.save_every == 0 and accelerator.is_main_process:
+                save_weights(sam, out.with_suffix(PARTIAL))
+                accelerator.print(f"step {done}: mIoU {course.measure(sam, 20)} at {size} px")
                 sam.train()
     progress.close()
     return sam
@@ -155,129 +274,28 @@ def augment(scene: Scene, size: int, rng: np.random.Generator) -> tuple[torch.Te
     return F.pad(pixels, padding), F.pad(masks, padding)
 
 
-def backward(sam: Sam, batch: list[tuple[torch.Tensor, torch.Tensor]], rng: np.random.Generator) -> float:
-    """Leave the gradients of a batch in the parameters, and return its mean loss over masks.
-
-    segment-anything's decoder takes one image at a time; gradients gather in the embeddings and go through the
-    encoder once.
-    """
-    with torch.autocast(sam.device.type, torch.bfloat16):
-        embeddings = sam.image_encoder(torch.stack([pixels for pixels, _ in batch]).to(sam.device))
-    leaves = embeddings.detach().float().requires_grad_()
-    losses = []
-    for number, (_, masks) in enumerate(batch):
-        by_box, clicks = rng.random() < BY_BOX, CLICKS if rng.random() < CORRECTED else 0
-        masks = masks[: MASKS // 2] if clicks else masks
-        if len(masks):
-            loss = prompted_loss(sam, leaves[number : number + 1], masks.to(sam.device), by_box, clicks)
-            (loss.sum() / (len(batch) * MASKS)).backward()
-            losses += loss.tolist()
-    embeddings.backward(leaves.grad.to(embeddings.dtype))
-    return fmean(losses)
-
-
-def prompted_loss(sam: Sam, embedding: torch.Tensor, masks: torch.Tensor, by_box: bool, clicks: int) -> torch.Tensor:
-    """Losses of N masks (N, S, S) after a box or a point each, and again after each corrective click; flat."""
-    count, size = len(masks), masks.shape[-1]
-    covered = F.avg_pool2d(masks[:, None].float(), 4)
-    points = torch.empty(count, 0, 2, device=masks.device)
-    labels = torch.empty(count, 0, device=masks.device)
-    boxes = noisy_boxes(masks) if by_box else None
-    previous: torch.Tensor | None = None
-    wrong, losses = masks, []
-    for turn in range(1 + clicks):
-        if turn or not by_box:
-            clicked = random_points(torch.where(wrong.any((1, 2), keepdim=True), wrong, masks))
-            inside = masks[torch.arange(count), clicked[:, 1], clicked[:, 0]].float()
-            points = torch.cat([points, clicked[:, None]], 1)
-            labels = torch.cat([labels, inside[:, None]], 1)
-        sparse, dense = sam.prompt_encoder(
-            points=(points, labels) if points.shape[1] else None, boxes=boxes, masks=previous
-        )
-        logits, predicted_iou = sam.mask_decoder.predict_masks(  # the single mask, and the three for a single point
-            image_embeddings=embedding,
-            image_pe=sam.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-        )
-        losses.append(mask_loss(logits[:, :1], predicted_iou[:, :1], covered))
-        if not turn:
-            losses.append(mask_loss(logits[:, 1:], predicted_iou[:, 1:], covered))
-        ambiguous = not turn and not by_box
-        best = predicted_iou[:, 1:].argmax(1) + 1 if ambiguous else torch.zeros(count, dtype=torch.long)
-        previous = logits[torch.arange(count), best][:, None].detach()
-        wrong = (F.interpolate(previous, (size, size), mode="bilinear")[:, 0] > 0) ^ masks
-    return torch.cat(losses)
-
-
-def mask_loss(logits: torch.Tensor, predicted_iou: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
-    """20 × focal + dice of the best of K masks, and the mean squared error of their predicted IoUs; (N,).
-
-    Args:
-        logits: (N, K, h, w).
-        predicted_iou: (N, K).
-        covered: share of each cell that lies in the mask, (N, 1, h, w). Focal loss: arXiv:1708.02002, equation 5,
-            alpha 0.25, gamma 2; dice loss: arXiv:1606.04797, section 3.
-    """
-    covered = covered.expand_as(logits)
-    probability = logits.sigmoid()
-    right = probability * covered + (1 - probability) * (1 - covered)
-    alpha = 0.25 * covered + 0.75 * (1 - covered)
-    entropy = F.binary_cross_entropy_with_logits(logits, covered, reduction="none")
-    focal = (alpha * (1 - right) ** 2 * entropy).mean((2, 3))
-    overlap, sizes = (probability * covered).sum((2, 3)), (probability + covered).sum((2, 3))
-    dice = 1 - (2 * overlap + 1) / (sizes + 1)
-    with torch.no_grad():
-        ours, truth = logits > 0, covered > 0.5
-        iou = (ours & truth).sum((2, 3)) / (ours | truth).sum((2, 3)).clamp(min=1)
-    return (20 * focal + dice).min(1).values + ((predicted_iou - iou) ** 2).mean(1)
-
-
-def random_points(masks: torch.Tensor) -> torch.Tensor:
-    """A uniformly drawn pixel of each mask (N, S, S), as (x, y), (N, 2); the prompt encoder adds the half pixel."""
-    index = torch.multinomial(masks.flatten(1).float(), 1)[:, 0]
-    return torch.stack([index % masks.shape[-1], index // masks.shape[-1]], 1)
-
-
-def noisy_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Boxes (N, 4) of masks (N, S, S), each side moved by normal noise: 5 % of the box's side, 2 px at most."""
-    extents = []
-    for axis in (1, 2):
-        hit = masks.any(axis).float()
-        extents.append((hit.argmax(1), hit.shape[1] - hit.flip(1).argmax(1)))
-    (x0, x1), (y0, y1) = extents
-    boxes = torch.stack([x0, y0, x1, y1], 1).float()
-    sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    return boxes + torch.randn_like(boxes) * (0.05 * sides).clamp(max=2)
-
-
-def average_gradients(sam: Sam, accelerator: Accelerator) -> None:
-    """Mean of the gradients over all processes; what no prompt of this process has touched counts as 0."""
-    parameters = list(sam.parameters())
-    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-    parts = accelerator.reduce(flat, reduction="mean").split([p.numel() for p in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter)
-
-
 def measure(sam: Sam, numbers: range) -> dict[str, float]:
     """mIoU with the ground truth by prompt, on scenes of seed 0, measured as stage evaluate does."""
-    size = sam.eval().image_encoder.img_size
+    size = sam.image_encoder.img_size
     scenes = ((n, *generate_scene(np.random.default_rng([0, n]), size * 5 // 4)) for n in numbers)
     samples = (
         Sample(f"sa_{n}", Image.fromarray(image), json.dumps(sa1b_annotation(n, image, masks)))
         for n, image, masks in scenes
     )
-    prepared = (image for sample in samples if isinstance(image := prepare(sample, size, 95), Prepared))
+    return score(sam, (image for sample in samples if isinstance(image := prepare(sample, size, 95), Prepared)))
+
+
+def score(sam: Sam, images: Iterable[Prepared]) -> dict[str, float]:
+    """mIoU with the ground truth by prompt on annotated images, measured as stage evaluate does."""
     ious: dict[str, list[float]] = {}
-    encoder = TeacherEncoder(sam, sam.device, batch_size=8)
-    for row in embedded_rows(encoder, prepared):
+    encoder = TeacherEncoder(sam.eval(), sam.device, batch_size=8)
+    for row in embedded_rows(encoder, images):
         embedding = torch.from_numpy(row.embedding)[None].float()
-        for score in score_image(row, sam, embedding, embedding, make_prompts(row, EvaluateRecipe())):
-            assert score.teacher_truth is not None
-            ious.setdefault(score.prompt, []).append(score.teacher_truth)
+        for each in score_image(row, sam, embedding, embedding, make_prompts(row, EvaluateRecipe())):
+            assert each.teacher_truth is not None
+            ious.setdefault(each.prompt, []).append(each.teacher_truth)
     return {prompt: round(fmean(values), 3) for prompt, values in ious.items()}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

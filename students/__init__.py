@@ -36,7 +36,7 @@ from students.errors import CheckFailed, InputError, first_line
 from students.hugging_face import save_hugging_face
 from students.macs import count_macs
 from students.sam import build_student_sam, left_out, require_decoder, untrained_sam
-from students.state_dicts import weight_files
+from students.state_dicts import differences, read_state_dict, shapes_of, weight_files
 
 __all__ = [
     "DOWNSAMPLES",
@@ -55,6 +55,7 @@ __all__ = [
     "config_by_name",
     "count_macs",
     "create_student",
+    "differences",
     "first_line",
     "identify",
     "inspect_checkpoint",
@@ -69,10 +70,12 @@ __all__ = [
     "other_sizes",
     "published_name",
     "read_metadata",
+    "read_state_dict",
     "require_decoder",
     "save_hugging_face",
     "save_published",
     "save_student",
+    "shapes_of",
     "student_config_of",
     "untrained_sam",
     "vit_encoder",

@@ -10,7 +10,7 @@ from torch import nn
 from distill.recipe import Recipe
 from distill.run import chosen_student, other_teacher
 from distill.schema import FORMATS
-from embeddings_cache.teacher import load_teacher
+from embeddings_cache.teacher import inspect_teacher, load_teacher
 from students import (
     InputError,
     StudentEncoder,
@@ -126,7 +126,7 @@ def _as_asked(encoder: nn.Module, recipe: Recipe) -> nn.Module:
 def _with_decoder(student: StudentEncoder, path: Path, recipe: Recipe) -> tuple[Sam | None, str | None]:
     """A `Sam` around the student, and a line where the decoder is not the one that it learnt for."""
     teacher = recipe.teacher
-    if teacher.checkpoint is not None and not identify(Path(teacher.checkpoint))[1]:
+    if teacher.checkpoint is not None and not inspect_teacher(teacher.checkpoint).has_decoder:
         return None, None
     sam = load_teacher(teacher.name, teacher.checkpoint, student.img_size)
     try:
@@ -137,7 +137,7 @@ def _with_decoder(student: StudentEncoder, path: Path, recipe: Recipe) -> tuple[
 
 def _has_teacher(recipe: Recipe) -> bool:
     checkpoint = recipe.teacher.checkpoint
-    return recipe.teacher.name == "toy" or (checkpoint is not None and Path(checkpoint).exists())
+    return recipe.teacher.name == "toy" if checkpoint is None else Path(checkpoint).exists()
 
 
 def _decoder_expected(recipe: Recipe) -> bool:
@@ -146,4 +146,4 @@ def _decoder_expected(recipe: Recipe) -> bool:
     if own is not None and own.exists() and not is_our_student(own):
         return identify(own)[1]
     checkpoint = recipe.teacher.checkpoint
-    return _has_teacher(recipe) and (checkpoint is None or identify(Path(checkpoint))[1])
+    return _has_teacher(recipe) and (checkpoint is None or inspect_teacher(checkpoint).has_decoder)

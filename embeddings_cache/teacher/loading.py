@@ -7,16 +7,32 @@ import torch
 from segment_anything.modeling import ImageEncoderViT, Sam
 from torch import nn
 
-from embeddings_cache.teacher.toy import load_toy_teacher
+from embeddings_cache.teacher.toy import load_toy_teacher, read_toy_state
 from embeddings_cache.teacher.vit import fuse_attention
-from students import VITS, InputError, inspect_checkpoint, known_architectures, load_checkpoint
+from students import VITS, Contents, InputError, inspect_checkpoint, known_architectures, load_checkpoint
 
 SAM_IMAGE_SIZE = 1024
 
 
 def known_teachers() -> list[str]:
-    """All that a checkpoint may hold; `student`, one of ours, which has no decoder; and `toy`, without checkpoint."""
+    """All that a checkpoint may hold; `student`, one of ours, which has no decoder; and `toy`, which needs none."""
     return [*known_architectures(), "student", "toy"]
+
+
+def inspect_teacher(checkpoint: str | Path) -> Contents:
+    """What may teach of what a checkpoint holds: what `inspect_checkpoint` knows, or a toy.
+
+    Raises:
+        InputError: as `inspect_checkpoint`.
+    """
+    try:
+        return inspect_checkpoint(checkpoint)
+    except InputError as error:
+        try:
+            positions = read_toy_state(checkpoint)["image_encoder.pos_embed"]
+        except InputError:
+            raise error from None
+    return Contents("toy", 16 * positions.shape[1], has_decoder=True)
 
 
 def check_teacher(name: str, checkpoint: str | None, image_size: int) -> None:
@@ -25,11 +41,9 @@ def check_teacher(name: str, checkpoint: str | None, image_size: int) -> None:
     Raises:
         InputError: no checkpoint, another architecture's, or one that works at another image size.
     """
-    if name == "toy":
-        if checkpoint is not None:
-            raise InputError(f"teacher.name=toy takes no teacher.checkpoint; got {checkpoint}")
-        if image_size % 16:
-            raise InputError(f"image_size={image_size} is not a multiple of 16")
+    if name == "toy" and image_size % 16:
+        raise InputError(f"image_size={image_size} is not a multiple of 16")
+    if name == "toy" and checkpoint is None:
         return
     if checkpoint is None:
         raise InputError(f"teacher {name} needs its weights: teacher.checkpoint=FILE")
@@ -37,7 +51,10 @@ def check_teacher(name: str, checkpoint: str | None, image_size: int) -> None:
         other = name in VITS and image_size != SAM_IMAGE_SIZE
         hint = f"; segment-anything's own works at image_size={SAM_IMAGE_SIZE}, not {image_size}" if other else ""
         raise InputError(f"teacher.checkpoint={checkpoint}: no such file{hint}")
-    found = inspect_checkpoint(checkpoint)
+    if name == "toy":
+        read_toy_state(checkpoint)
+        return
+    found = inspect_teacher(checkpoint)
     if found.name != name:
         raise InputError(f"{checkpoint} holds a {found.name}, not a {name}: teacher.name={found.name} takes it")
     if found.image_size != image_size:
@@ -49,8 +66,9 @@ def load_teacher(name: str, checkpoint: str | None, image_size: int) -> Sam:
 
     Args:
         name: one of `known_teachers()`; a fine-tuned SAM goes by the name of its architecture.
-        checkpoint: anything that `load_checkpoint` loads.
-        image_size: side of the square input in pixels; of a checkpoint, the one that its positions are for.
+        checkpoint: anything that `load_checkpoint` loads, or a toy's; without one, a toy has the package's weights.
+        image_size: side of the square input in pixels; of a checkpoint, the one that its positions are for. A toy takes
+            any.
 
     Returns:
         `Sam` in eval mode on the CPU, without gradients, a ViT with fused attention (`fuse_attention`).
@@ -60,10 +78,11 @@ def load_teacher(name: str, checkpoint: str | None, image_size: int) -> Sam:
         InputError: the checkpoint is missing, unreadable, another architecture's, or for another image size.
     """
     check_teacher(name, checkpoint, image_size)
-    if checkpoint is None:
+    if name == "toy":
         with torch.random.fork_rng(devices=[]):
-            sam = load_toy_teacher(image_size)
+            sam = load_toy_teacher(image_size, checkpoint)
     else:
+        assert checkpoint is not None
         sam = load_checkpoint(checkpoint)
     if isinstance(sam.image_encoder, ImageEncoderViT):
         fuse_attention(sam.image_encoder)

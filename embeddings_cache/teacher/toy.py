@@ -1,41 +1,67 @@
 """A small SAM that segments generated scenes: a teacher that comes with the package.
 
 segment-anything's own classes with few channels, trained on `embeddings_cache.images.scenes` by
-`recipes/toy_teacher.py`. It knows those scenes and nothing else; on photographs its masks are poor.
+`recipes/toy_teacher.py`. It knows those scenes and nothing else; on photographs its masks are poor. The same script
+makes one of labelled photographs, a checkpoint that teaches in its place.
 """
 
 from functools import partial
 from importlib.resources import files
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
 from embeddings_cache.images import PIXEL_MEAN, PIXEL_STD
+from students import InputError, differences, read_state_dict, shapes_of
 
 TOY_IMAGE_SIZE = 256
 TOY_CHANNELS = 128
 WIDTH, DEPTH, HEADS = 192, 5, 6
 WINDOW = 8
+LARGEST_CELLS = 256
 WEIGHTS = "toy_teacher.safetensors"
 
 
-def load_toy_teacher(image_size: int = TOY_IMAGE_SIZE) -> Sam:
+def load_toy_teacher(image_size: int = TOY_IMAGE_SIZE, checkpoint: str | Path | None = None) -> Sam:
     """The trained toy teacher.
 
     Args:
         image_size: side S of the square input in pixels; a multiple of 16. It was trained at 256; at other sizes its
             positions are interpolated and its masks are less good.
+        checkpoint: what `recipes/toy_teacher.py` made of other pictures; default: the weights in the package.
 
     Returns:
         A `Sam` in eval mode whose embedding has shape (B, 128, S/16, S/16).
+
+    Raises:
+        InputError: the checkpoint is missing, damaged or no toy's.
     """
+    state = read_toy_state(checkpoint or str(files(__package__).joinpath(WEIGHTS)))
     sam = build_toy_sam(image_size)
-    load_toy_state(sam, load(files(__package__).joinpath(WEIGHTS).read_bytes()))
+    load_toy_state(sam, state)
     return sam.eval()
+
+
+def read_toy_state(checkpoint: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of a toy, for whatever image size; nothing in the file is executed.
+
+    Raises:
+        InputError: the file is missing, damaged or no toy's; names the tensors that differ.
+    """
+    state = read_state_dict(Path(checkpoint))
+    positions = state.get("image_encoder.pos_embed", torch.empty(0))
+    cells = positions.shape[1] if positions.ndim == 4 else 0
+    # A stranger's file must not decide how much memory is asked for.
+    size = 16 * cells if 0 < cells <= LARGEST_CELLS else TOY_IMAGE_SIZE
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        expected = shapes_of(build_toy_sam(size).state_dict())
+    if differing := differences(expected, shapes_of(state)):
+        raise InputError(f"{checkpoint} holds no toy teacher: {differing}")
+    return state
 
 
 def build_toy_sam(image_size: int) -> Sam:

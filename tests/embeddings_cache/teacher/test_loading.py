@@ -1,12 +1,14 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from segment_anything import SamPredictor, sam_model_registry
 from segment_anything.modeling import ImageEncoderViT
 
@@ -14,7 +16,7 @@ from embeddings_cache.images.preprocessing import pad_pixels, resize_longest_sid
 from embeddings_cache.images.scenes import generate_scene
 from embeddings_cache.precompute import cache_identity
 from embeddings_cache.teacher.encoder import TeacherEncoder
-from embeddings_cache.teacher.loading import check_teacher, load_teacher, weights_sha256
+from embeddings_cache.teacher.loading import check_teacher, inspect_teacher, load_teacher, weights_sha256
 from students import InputError, create_student, save_student
 from students.architectures import architecture
 from support import ROOT
@@ -77,9 +79,30 @@ def test_checkpoints_in_segment_anythings_layout_load(
 
 
 def test_another_architectures_checkpoint_is_refused(tmp_path: Path) -> None:
-    torch.save(load_teacher("toy", None, 128).state_dict(), tmp_path / "toy.pth")
-    with pytest.raises(InputError, match=r"toy\.pth looks most like vit_b, but: 100 missing \(.*; 20 surplus"):
+    state = load_teacher("toy", None, 128).state_dict()
+    torch.save(state, tmp_path / "toy.pth")
+    with pytest.raises(InputError, match=r"toy\.pth holds a toy, not a vit_b: teacher\.name=toy takes it"):
         load_teacher("vit_b", str(tmp_path / "toy.pth"), 1024)
+    del state["mask_decoder.iou_token.weight"]
+    torch.save(state, tmp_path / "cut.pth")
+    with pytest.raises(InputError, match=r"cut\.pth looks most like vit_b, but: 101 missing \(.*; 20 surplus"):
+        load_teacher("vit_b", str(tmp_path / "cut.pth"), 1024)
+
+
+@pytest.mark.parametrize("name", ["toy.pth", "toy.safetensors"])
+def test_a_toys_checkpoint_loads_at_any_image_size(name: str, tmp_path: Path) -> None:
+    sam = load_teacher("toy", None, 128)
+    with torch.no_grad():
+        sam.mask_decoder.iou_token.weight += 1
+    (save_file if name.endswith("safetensors") else torch.save)(sam.state_dict(), tmp_path / name)
+    path = str(tmp_path / name)
+    check_teacher("toy", path, 128)
+    assert weights_sha256(load_teacher("toy", path, 128)) == weights_sha256(sam)
+    larger = load_teacher("toy", path, 256)
+    assert larger.image_encoder.img_size == 256
+    assert torch.equal(larger.mask_decoder.iou_token.weight, sam.mask_decoder.iou_token.weight)
+    found = inspect_teacher(path)
+    assert (found.name, found.image_size, found.has_decoder) == ("toy", 128, True)
 
 
 def test_a_checkpoint_of_another_name_is_refused(vit_b_state: dict[str, torch.Tensor], tmp_path: Path) -> None:
@@ -226,9 +249,34 @@ def test_other_contents_are_no_state_dict(content: object, tmp_path: Path) -> No
         (("vit_h", None, 1024), r"teacher vit_h needs its weights: teacher\.checkpoint=FILE"),
         (("vit_h", "nowhere.pth", 1024), r"teacher\.checkpoint=nowhere\.pth: no such file"),
         (("vit_b", "nowhere.pth", 512), "works at image_size=1024"),
-        (("toy", "x.pth", 256), "takes no teacher.checkpoint"),
+        (("toy", "nowhere.pth", 256), r"teacher\.checkpoint=nowhere\.pth: no such file"),
+        (("toy", None, 250), "image_size=250 is not a multiple of 16"),
     ],
 )
 def test_what_cannot_be_loaded_is_said_beforehand(arguments: tuple, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_teacher(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop("mask_decoder.iou_token.weight"), r"1 missing \(mask_decoder\.iou_token\.weight\)"),
+        (lambda state: state.update(extra=torch.zeros(1)), r"1 surplus \(extra\)"),
+        (
+            lambda state: state.update({"image_encoder.pos_embed": torch.zeros(1).expand(1, 9999, 9999, 192)}),
+            "holds no toy teacher: .* of another shape",
+        ),
+        (
+            lambda state: state.update({"image_encoder.pos_embed": torch.zeros(1, 0, 0, 192)}),
+            "holds no toy teacher: .* of another shape",
+        ),
+        (lambda state: state.clear(), "holds no"),
+    ],
+)
+def test_what_is_no_toy_is_refused(change: Callable[[dict], object], said: str, tmp_path: Path) -> None:
+    state = load_teacher("toy", None, 128).state_dict()
+    change(state)
+    torch.save(state, tmp_path / "toy.pth")
+    with pytest.raises(InputError, match=said):
+        check_teacher("toy", str(tmp_path / "toy.pth"), 128)
