@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.checks import check_recipe, nearest
 from distill.recipe_files import Loader, find_recipe, list_recipes, parse_yaml, read_yaml, shown_path, with_bases
 from distill.schema import IMAGES, PATHS, SHAPES_THE_STUDENT, STAGES, Recipe, describe_keys, kinds
-from students import InputError, architecture_of, first_line, is_our_student, read_metadata, student_config_of
+from embeddings_cache.teacher import inspect_teacher
+from students import InputError, first_line, is_our_student, read_metadata, student_config_of
 
 __all__ = [
     "STAGES",
@@ -137,7 +138,7 @@ def _at_home(path: Any) -> Any:
 def _architecture(checkpoint: str | None) -> str | None:
     """Which teacher a checkpoint holds; None where that cannot be told, which loading it will explain."""
     try:
-        return architecture_of(Path(checkpoint)) if checkpoint else None
+        return inspect_teacher(checkpoint).name if checkpoint else None
     except InputError:
         return None
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from segment_anything.modeling import Sam
 
+from distill.training.truth_loss import focal_and_dice
+
 CLICKS = 2
 BY_BOX = 0.6
 """Share of the pictures whose first prompts are boxes."""
@@ -88,21 +90,13 @@ def mask_loss(logits: torch.Tensor, predicted_iou: torch.Tensor, covered: torch.
     Args:
         logits: (N, K, h, w).
         predicted_iou: (N, K).
-        covered: share of each cell that lies in the mask, (N, 1, h, w). Focal loss: arXiv:1708.02002, equation 5,
-            alpha 0.25, gamma 2; dice loss: arXiv:1606.04797, section 3.
+        covered: share of each cell that lies in the mask, (N, 1, h, w).
     """
     covered = covered.expand_as(logits)
-    probability = logits.sigmoid()
-    right = probability * covered + (1 - probability) * (1 - covered)
-    alpha = 0.25 * covered + 0.75 * (1 - covered)
-    entropy = F.binary_cross_entropy_with_logits(logits, covered, reduction="none")
-    focal = (alpha * (1 - right) ** 2 * entropy).mean((2, 3))
-    overlap, sizes = (probability * covered).sum((2, 3)), (probability + covered).sum((2, 3))
-    dice = 1 - (2 * overlap + 1) / (sizes + 1)
     with torch.no_grad():
         ours, truth = logits > 0, covered > 0.5
         iou = (ours & truth).sum((2, 3)) / (ours | truth).sum((2, 3)).clamp(min=1)
-    return (20 * focal + dice).min(1).values + ((predicted_iou - iou) ** 2).mean(1)
+    return focal_and_dice(logits, covered).min(1).values + ((predicted_iou - iou) ** 2).mean(1)
 
 
 def random_points(masks: torch.Tensor) -> torch.Tensor:

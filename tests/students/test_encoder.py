@@ -38,10 +38,8 @@ def test_channels_are_scaled_as_timms_convolutions_do() -> None:
     theirs = timm.create_model("repvit_m0_9", num_classes=0)
     theirs.stages[3].downsample.spatial_downsample.c.stride = (1, 1)
     theirs.load_state_dict(ours.state_dict(), strict=False)
-    image = torch.randn(2, 3, 64, 64)
-    expected, found = (
-        model.forward_features(image) for model in (theirs.double(), ours.double()) for image in [image.double()]
-    )
+    image = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    expected, found = (model.double().forward_features(image) for model in (theirs, ours))
     torch.testing.assert_close(found, expected)
     for output in (expected, found):
         output.square().mean().backward()
