@@ -87,9 +87,7 @@ class StudentRecipe:
 @dataclass
 class TeacherRecipe:
     name: str = "vit_h"  # vit_h, vit_l, vit_b (also fine-tuned), mobile_sam and other students, student: ours; or toy
-    checkpoint: str | None = (
-        None  # its weights, a file or transformers' folder; they tell teacher.name. toy has its own
-    )
+    checkpoint: str | None = None  # its weights, a file or transformers' folder, which tell teacher.name; toy has some
     batch_size: int | None = None  # images a teacher pass, in each process; default: as many as fit, on a CPU 1
     dtype: str = "auto"  # float32, bfloat16 or float16; auto: bfloat16 on a GPU that has it, float32 elsewhere
     compile: Any = "auto"  # torch.compile the teacher, or not: true, false; auto: on a GPU with 2,000 images ahead
