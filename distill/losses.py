@@ -6,12 +6,12 @@ import torch
 from segment_anything.modeling import Sam
 from torch.nn import functional as F
 
-from distill.schema import TrainRecipe
-from distill.training.mask_loss import MaskLoss
-from distill.training.plan import wants_teacher_masks
+from distill.schema import TEACHER_MASK_LOSSES, TrainRecipe
+from distill.training.mask_loss import mask_loss
+from distill.training.plan import weighs_masks
 from distill.training.prompted import PromptedDecoder, pixels_inside
 from distill.training.prompts import MaskPrompts
-from distill.training.truth_loss import TruthLoss
+from distill.training.truth_loss import truth_loss
 
 PerCell = Callable[[torch.Tensor, torch.Tensor, TrainRecipe], torch.Tensor]
 
@@ -64,16 +64,15 @@ class Objective:
         for name in (name for name in names if name in EMBEDDING_LOSSES):
             distances = EMBEDDING_LOSSES[name](student, teacher, settings)
             terms[name] = ((distances * counted).sum(dim=(1, 2)) / counted.sum(dim=(1, 2))).mean()
-        if wants_teacher_masks(settings):
+        if weighs_masks(settings, TEACHER_MASK_LOSSES):
             assert self.decoder is not None
             assert prompts is not None
-            masks = MaskLoss(self.decoder)
-            entropy, dice = masks(student, teacher, input_size, prompts, settings.mask_targets)
+            entropy, dice = mask_loss(self.decoder, student, teacher, input_size, prompts, settings.mask_targets)
             terms |= {"mask": entropy + dice, "mask_bce": entropy, "mask_dice": dice}
         if "truth" in names:
             assert self.decoder is not None
             assert prompts is not None
-            terms["truth"] = TruthLoss(self.decoder)(student, input_size, prompts)
+            terms["truth"] = truth_loss(self.decoder, student, input_size, prompts)
         return {name: terms[name] for name in names}
 
     def _counted(self, embedding: torch.Tensor, input_size: torch.Tensor, ignore_padding: bool) -> torch.Tensor:

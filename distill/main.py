@@ -84,8 +84,7 @@ def run(recipe: Recipe) -> None:
         find_stage(name).check(recipe, before=names[:place])
     accelerator = create_accelerator(recipe)
     use_all_cores(accelerator)
-    if recipe.student.pretrained == "auto":
-        settle_pretrained(recipe, accelerator, trains="train" in names)
+    settle_pretrained(recipe, accelerator, trains="train" in names)
     with ExitStack() as held:
         if accelerator.is_main_process:
             held.enter_context(sole_user(Path(recipe.run_dir)))

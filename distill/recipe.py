@@ -6,7 +6,7 @@ A mistake is one `InputError` that names it, where it came from, and the nearest
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from distill.checks import check_recipe, nearest
 from distill.recipe_files import Loader, find_recipe, list_recipes, parse_yaml, read_yaml, shown_path, with_bases
 from distill.schema import IMAGES, PATHS, SHAPES_THE_STUDENT, STAGES, Recipe, describe_keys, kinds
 from embeddings_cache.teacher import inspect_teacher
-from students import InputError, first_line, is_our_student, read_metadata, student_config_of
+from students import InputError, StudentConfig, first_line, is_our_student, read_metadata, student_config_of
 
 __all__ = [
     "STAGES",
@@ -35,6 +35,12 @@ __all__ = [
 
 LISTED = ("train.loss",)
 """Mappings that are taken whole where they are given: what they do not name is not there."""
+
+OF_A_STUDENT = (
+    "image_size",
+    *(f"student.{entry.name}" for entry in fields(StudentConfig) if entry.name not in ("image_size", "embed_dim")),
+)
+"""Keys that `student.start` tells where nobody else does."""
 
 
 def load_recipe(arguments: list[str]) -> Recipe:
@@ -57,8 +63,9 @@ def load_recipe(arguments: list[str]) -> Recipe:
         typed["teacher.name"] = architecture  # or a recipe for ViT-H would refuse mobile_sam.pt
     said.append(("command line", set(overrides)))
     begins = typed.get("student.start", OmegaConf.select(config, "student.start"))
-    if begins is not None:
-        config = _merge(config, _nested(_untold_of_student(os.path.expanduser(begins), said)), begins)
+    untold = [key for key in OF_A_STUDENT if _origin(key, said) is None]
+    if begins is not None and untold:  # a run's own recipe tells all, and does without the file
+        config = _merge(config, _nested(_keys_of_student(os.path.expanduser(begins), untold)), begins)
     config = _merge(config, _nested(typed), "command line", added_to=set(LISTED) - set(typed))
     if missing := [key for key in asked_for if _origin(key, said) is None]:
         comments = {key: comment for key, _, comment in describe_keys()}
@@ -235,9 +242,7 @@ def _origin(key: str, said: Sequence[tuple[str, set[str]]]) -> str | None:
     return next((origin for origin, keys in reversed(said) if any(_overlap(key, other) for other in keys)), None)
 
 
-def _untold_of_student(checkpoint: str, said: Sequence[tuple[str, set[str]]]) -> dict[str, Any]:
-    """What the student in a checkpoint says of the recipe's, and nobody else does."""
+def _keys_of_student(checkpoint: str, wanted: list[str]) -> dict[str, Any]:
+    """Some of `OF_A_STUDENT`, as the student in a checkpoint has them."""
     config = asdict(student_config_of(checkpoint))
-    del config["embed_dim"]
-    keys = {"image_size": config.pop("image_size"), **{f"student.{key}": value for key, value in config.items()}}
-    return {key: value for key, value in keys.items() if _origin(key, said) is None}
+    return {key: config[key.removeprefix("student.")] for key in wanted}

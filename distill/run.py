@@ -24,7 +24,7 @@ def claim_run_dir(recipe: Recipe) -> None:
     """
     run_dir = Path(recipe.run_dir)
     saved = run_dir / "recipe.yaml"
-    if saved.exists() and (trained_student(recipe).exists() or (run_dir / "checkpoints").exists()):
+    if saved.exists() and has_begun(recipe):
         if differing := differences(recipe, saved):
             raise InputError(f"{run_dir} holds a run of another recipe: {'; '.join(differing)}. Choose another run_dir")
         return
@@ -39,7 +39,7 @@ def bind_cache(recipe: Recipe, identity: CacheIdentity) -> None:
         InputError: it has learnt from another one, say from another teacher's weights.
     """
     note = Path(recipe.run_dir) / "cache.json"
-    if note.exists() and (trained_student(recipe).exists() or (note.parent / "checkpoints").exists()):
+    if note.exists() and has_begun(recipe):
         differing = identity_of(read_json(note)).differences(identity)
         if differing:
             raise InputError(
@@ -47,6 +47,11 @@ def bind_cache(recipe: Recipe, identity: CacheIdentity) -> None:
             )
         return
     write_json(note, asdict(identity))
+
+
+def has_begun(recipe: Recipe) -> bool:
+    """Whether the run directory holds a student, finished or not."""
+    return trained_student(recipe).exists() or (Path(recipe.run_dir) / "checkpoints").exists()
 
 
 def trained_student(recipe: Recipe) -> Path:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from distill.recipe import Recipe, saved_recipe
+from distill.run import has_begun
 from students import (
     InputError,
     StudentConfig,
@@ -70,13 +71,16 @@ def refuse_other_student(recipe: Recipe, begun: StudentConfig) -> None:
 
 
 def settle_pretrained(recipe: Recipe, accelerator: Accelerator, trains: bool) -> None:
-    """Put what `student.pretrained=auto` comes to into the recipe: true or false, as its run has it already, or else,
-    if this command trains, by whether the main process gets the weights."""
+    """Put what `student.pretrained=auto` comes to into the recipe: what its run began with, or else, if this command
+    trains, true or false by whether the main process gets the weights."""
+    if recipe.student.pretrained != AUTO:
+        return
     settled: Any = AUTO
     if accelerator.is_main_process:
         saved = Path(recipe.run_dir) / "recipe.yaml"
-        settled = saved_recipe(saved).student.pretrained if saved.exists() else AUTO
-        if settled == AUTO and trains:
+        if saved.exists() and has_begun(recipe):
+            settled = saved_recipe(saved).student.pretrained
+        elif trains:
             settled = _can_be_had(recipe, accelerator)
     recipe.student.pretrained = gather_object([settled])[0]
 

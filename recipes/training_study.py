@@ -1,5 +1,5 @@
-"""What ways to train and necks are worth: `python -m recipes.training_study` makes the tables of docs/training.md,
-`--study students` that of docs/students.md.
+"""What ways to train and necks are worth: `python -m recipes.training_study` makes the table of docs/training.md,
+`--study students` that of docs/students.md; `masks` and `embeddings` compare last phases, and losses and batches.
 
 The quickstart, each variant with a few seeds, and no other difference: same scenes, held-out scenes and teacher. What
 ends in masks goes on from one and the same student for each seed. What is there already is not run again. A study takes

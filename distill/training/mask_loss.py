@@ -15,49 +15,46 @@ EPSILON = 1e-3
 """Of a pixel: makes the dice of two masks that are surely empty 1."""
 
 
-class MaskLoss:
-    """Binary cross entropy and dice between the student's masks and the teacher's, with corrective points."""
+def mask_loss(
+    decoder: PromptedDecoder,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    input_size: torch.Tensor,
+    prompts: MaskPrompts,
+    targets: str = "soft",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Binary cross entropy and dice between the student's masks and the teacher's.
 
-    def __init__(self, decoder: PromptedDecoder) -> None:
-        self.decoder = decoder
+    Means over images, prompts and rounds: first the prompts alone, then with a corrective point more each round.
 
-    def __call__(
-        self,
-        student: torch.Tensor,
-        teacher: torch.Tensor,
-        input_size: torch.Tensor,
-        prompts: MaskPrompts,
-        targets: str = "soft",
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means over images, prompts and rounds: first the prompts alone, then with a correction more each round.
+    Args:
+        decoder: makes masks of both.
+        student, teacher: embeddings, float32 (B, C, h, w).
+        input_size: int (B, 2), height and width of each image within the encoder's input.
+        prompts: as many for each image; `draws` says how many rounds of corrections.
+        targets: `soft`, the teacher's probabilities, or `binary`, its masks.
 
-        Args:
-            student, teacher: embeddings, float32 (B, C, h, w).
-            input_size: int (B, 2), height and width of each image within the encoder's input.
-            prompts: as many for each image; `draws` says how many rounds of corrections.
-            targets: `soft`, the teacher's probabilities, or `binary`, its masks.
-
-        Returns:
-            Cross entropy and dice, scalars; both 0 where the masks agree in every pixel's probability, and, of binary
-            targets, where the student is sure of the teacher's masks.
-        """
-        clicked, rounds = prompts.points.shape[1], prompts.draws.shape[2]
-        added = Corrections.none_yet(prompts)
-        losses = []
-        for number in range(rounds + 1):
-            tokens = self.decoder.tokens(prompts, added)
-            ours, _ = self.decoder.masks(student, tokens)
-            with torch.no_grad():
-                theirs, predicted_iou = self.decoder.masks(teacher, tokens)
-            inside = pixels_inside(input_size.to(theirs.device), self.decoder.image_size, theirs.shape[-1])[:, None]
-            asked = masks_asked(clicked if number == 0 else 0, *theirs.shape[1:3]).to(theirs.device)
-            distances = torch.stack(mask_distances(ours, theirs, inside[:, None], targets))
-            losses.append((distances * asked).sum(dim=3).mean(dim=(1, 2)))
-            if number < rounds:
-                student_best, teacher_best = (best_masks(each, predicted_iou, asked) for each in (ours, theirs))
-                added = self.decoder.correct(added, student_best, teacher_best, inside, prompts.draws[:, :, number])
-        cross_entropy, dice = torch.stack(losses).mean(dim=0)
-        return cross_entropy, dice
+    Returns:
+        Cross entropy and dice, scalars; both 0 where soft masks agree in every pixel's probability, and where the
+        student is sure of the teacher's binary ones.
+    """
+    clicked, rounds = prompts.points.shape[1], prompts.draws.shape[2]
+    added = Corrections.none_yet(prompts)
+    losses = []
+    for number in range(rounds + 1):
+        tokens = decoder.tokens(prompts, added)
+        ours, _ = decoder.masks(student, tokens)
+        with torch.no_grad():
+            theirs, predicted_iou = decoder.masks(teacher, tokens)
+        inside = pixels_inside(input_size.to(theirs.device), decoder.image_size, theirs.shape[-1])[:, None]
+        asked = masks_asked(clicked if number == 0 else 0, *theirs.shape[1:3]).to(theirs.device)
+        distances = torch.stack(mask_distances(ours, theirs, inside[:, None], targets))
+        losses.append((distances * asked).sum(dim=3).mean(dim=(1, 2)))
+        if number < rounds:
+            student_best, teacher_best = (best_masks(each, predicted_iou, asked) for each in (ours, theirs))
+            added = decoder.correct(added, student_best, teacher_best, inside, prompts.draws[:, :, number])
+    cross_entropy, dice = torch.stack(losses).mean(dim=0)
+    return cross_entropy, dice
 
 
 def mask_distances(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distill.recipe import Recipe
-from distill.schema import MASK_LOSSES, TEACHER_MASK_LOSSES, PhaseRecipe, TrainRecipe
+from distill.schema import MASK_LOSSES, PhaseRecipe, TrainRecipe
 from students import InputError
 
 OF_A_SCHEDULE = ("lr", "lr_end", "lr_per", "warmup_steps", "warmup_epochs")
@@ -133,11 +133,6 @@ def wants_masks(recipe: Recipe, of: tuple[str, ...] = MASK_LOSSES) -> bool:
 def weighs_masks(settings: TrainRecipe, of: tuple[str, ...] = MASK_LOSSES) -> bool:
     """The same of one phase."""
     return any(settings.loss.get(name) for name in of)
-
-
-def wants_teacher_masks(settings: TrainRecipe) -> bool:
-    """Whether a phase compares masks with the teacher's."""
-    return weighs_masks(settings, TEACHER_MASK_LOSSES)
 
 
 def _phases(recipe: Recipe, steps_per_epoch: int) -> Iterator[Phase]:

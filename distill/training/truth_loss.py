@@ -17,40 +17,37 @@ ALPHA, GAMMA = 0.25, 2.0
 """Of the focal loss, as its authors recommend (arXiv:1708.02002, section 5.1); SAM's paper names none."""
 
 
-class TruthLoss:
-    """Focal and dice loss between the student's masks and those that were annotated, with corrective points."""
+def truth_loss(
+    decoder: PromptedDecoder, student: torch.Tensor, input_size: torch.Tensor, prompts: MaskPrompts
+) -> torch.Tensor:
+    """Focal and dice loss between the student's masks and those that were annotated.
 
-    def __init__(self, decoder: PromptedDecoder) -> None:
-        self.decoder = decoder
+    A mean over images, prompts and rounds, as of `mask_loss`; an image without masks counts as one that is learnt, with
+    0. Of a single point's three masks only the one with the lowest loss learns (arXiv:2304.02643, section 3).
 
-    def __call__(self, student: torch.Tensor, input_size: torch.Tensor, prompts: MaskPrompts) -> torch.Tensor:
-        """Mean over images, prompts and rounds; an image without masks counts as one that is learnt, with 0.
+    Args:
+        decoder: makes the masks.
+        student: embeddings, float32 (B, C, h, w).
+        input_size: int (B, 2), height and width of each image within the encoder's input.
+        prompts: with `truths`; `draws` says how many rounds of corrections.
 
-        Of a single point's three masks only the one with the lowest loss learns (arXiv:2304.02643, section 3).
-
-        Args:
-            student: embeddings, float32 (B, C, h, w).
-            input_size: int (B, 2), height and width of each image within the encoder's input.
-            prompts: with `truths`; `draws` says how many rounds of corrections.
-
-        Returns:
-            A scalar.
-        """
-        clicked, rounds = prompts.points.shape[1], prompts.draws.shape[2]
-        covered = (prompts.truths.float() / 255)[:, :, None]
-        added = Corrections.none_yet(prompts)
-        losses = []
-        for number in range(rounds + 1):
-            ours, predicted_iou = self.decoder.masks(student, self.decoder.tokens(prompts, added))
-            inside = pixels_inside(input_size.to(ours.device), self.decoder.image_size, ours.shape[-1])[:, None]
-            asked = masks_asked(clicked if number == 0 else 0, *ours.shape[1:3]).to(ours.device)
-            distances = focal_and_dice(ours, covered, inside[:, None]).masked_fill(asked == 0, torch.inf)
-            losses.append(distances.amin(dim=2).mean(dim=1))
-            if number < rounds:
-                best = best_masks(ours, predicted_iou, asked)
-                truth = covered[:, :, 0] > 0.5
-                added = self.decoder.correct(added, best, truth, inside, prompts.draws[:, :, number])
-        return (torch.stack(losses).mean(dim=0) * prompts.labelled).mean()
+    Returns:
+        A scalar.
+    """
+    clicked, rounds = prompts.points.shape[1], prompts.draws.shape[2]
+    covered = (prompts.truths.float() / 255)[:, :, None]
+    added = Corrections.none_yet(prompts)
+    losses = []
+    for number in range(rounds + 1):
+        ours, predicted_iou = decoder.masks(student, decoder.tokens(prompts, added))
+        inside = pixels_inside(input_size.to(ours.device), decoder.image_size, ours.shape[-1])[:, None]
+        asked = masks_asked(clicked if number == 0 else 0, *ours.shape[1:3]).to(ours.device)
+        distances = focal_and_dice(ours, covered, inside[:, None]).masked_fill(asked == 0, torch.inf)
+        losses.append(distances.amin(dim=2).mean(dim=1))
+        if number < rounds:
+            best = best_masks(ours, predicted_iou, asked)
+            added = decoder.correct(added, best, covered[:, :, 0] > 0.5, inside, prompts.draws[:, :, number])
+    return (torch.stack(losses).mean(dim=0) * prompts.labelled).mean()
 
 
 def focal_and_dice(logits: torch.Tensor, covered: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:

@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from distill.evaluate.masks import evaluate_masks
 from distill.launch import create_accelerator
 from distill.recipe import load_recipe
+from distill.run import claim_run_dir
 from distill.stages.train import check
-from distill.student import begin_student, student_config
+from distill.student import begin_student, settle_pretrained, student_config
 from distill.train import refuse_unlabelled, train
 from embeddings_cache.shards import EmbeddingsCache
 from students import InputError, create_student, load_student, save_published, save_student, untrained_sam
@@ -41,6 +43,29 @@ def test_a_start_tells_what_the_recipe_leaves_out(own_photos: list[str], finishe
     state = begin_student(recipe, 128).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in begun.state_dict().items())
     check(recipe, before=())
+
+
+def test_a_run_does_without_the_file_that_it_began_with(own_photos: list[str], tmp_path: Path) -> None:
+    start = own_photos[1].partition("=")[2]
+    (tmp_path / "start.safetensors").write_bytes(Path(start).read_bytes())
+    recipe = load_recipe([*own_photos, f"student.start={tmp_path / 'start.safetensors'}"])
+    claim_run_dir(recipe)
+    (tmp_path / "start.safetensors").unlink()
+    again = load_recipe([f"run_dir={recipe.run_dir}"])
+    assert again == recipe
+    with pytest.raises(InputError, match=r"start.safetensors"):
+        check(again, before=())
+
+
+def test_auto_keeps_to_a_run_that_has_begun_and_to_no_other(tmp_path: Path, accelerator: Accelerator) -> None:
+    arguments = ["recipe=quickstart", "data.images=x", f"run_dir={tmp_path / 'run'}"]
+    claim_run_dir(load_recipe([*arguments, "student.pretrained=true"]))
+    recipe = load_recipe([*arguments, "student.pretrained=auto"])
+    settle_pretrained(recipe, accelerator, trains=False)
+    assert recipe.student.pretrained == "auto"  # nothing was trained by that recipe, and another takes its place
+    (tmp_path / "run" / "checkpoints").mkdir()
+    settle_pretrained(recipe, accelerator, trains=False)
+    assert recipe.student.pretrained is True
 
 
 def test_another_student_than_the_recipes_is_refused(own_photos: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ from segment_anything.modeling import Sam
 
 from distill.losses import Objective, embedding_errors
 from distill.schema import TrainRecipe
-from distill.training.mask_loss import MaskLoss, mask_distances
+from distill.training.mask_loss import mask_distances, mask_loss
 from distill.training.prompted import PromptedDecoder, disagreement, pixels_inside
 from distill.training.prompts import MaskPrompts, covered_share, sample_prompts
-from distill.training.truth_loss import TruthLoss, focal_and_dice
+from distill.training.truth_loss import focal_and_dice, truth_loss
 from embeddings_cache.images.annotations import decode_masks
 from embeddings_cache.shards.codec import CacheRow
 from embeddings_cache.shards.reader import EmbeddingsCache
@@ -201,7 +202,7 @@ def test_the_mask_loss_is_what_the_decoders_own_calls_make(decoder: Sam, rows: l
 def test_descending_the_mask_loss_brings_the_masks_together(decoder: Sam, rows: list[CacheRow]) -> None:
     teacher, size = stacked(rows)
     student = (teacher + 0.5 * torch.randn(teacher.shape, generator=torch.Generator().manual_seed(1))).requires_grad_()
-    loss, prompts = MaskLoss(PromptedDecoder(decoder)), drawn(rows, 4, rounds=1)
+    loss, prompts = partial(mask_loss, PromptedDecoder(decoder)), drawn(rows, 4, rounds=1)
     assert sum(loss(teacher, teacher, size, prompts)).item() == pytest.approx(0, abs=1e-6)
     optimizer = torch.optim.Adam([student], lr=0.03)
     losses = []
@@ -372,7 +373,7 @@ def test_only_the_best_of_three_masks_learns() -> None:
     logits = torch.cat([sure, -sure, -sure, sure], dim=2).clone().requires_grad_()
     predicted = torch.tensor([[[0.1, 0.9, 0.2, 0.3]] * 2])
     prompts = MaskPrompts(torch.zeros(1, 1, 2), torch.zeros(1, 1, 4), torch.zeros(1, 2, 0), truth, torch.tensor([True]))
-    TruthLoss(Told(logits, predicted))(torch.empty(0), torch.tensor([[32, 32]]), prompts).backward()
+    truth_loss(Told(logits, predicted), torch.empty(0), torch.tensor([[32, 32]]), prompts).backward()
     assert logits.grad is not None
     learning = logits.grad.abs().amax(dim=(3, 4)).bool()
     assert learning.int().tolist() == [[[0, 0, 0, 1], [1, 0, 0, 0]]]
