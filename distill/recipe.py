@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 
-LISTED = ("train.loss",)
+LISTED = ("train.loss", "student.overrides")
 """Mappings that are taken whole where they are given: what they do not name is not there."""
 
 OF_A_STUDENT = (
@@ -65,8 +65,12 @@ def load_recipe(arguments: list[str]) -> Recipe:
     begins = typed.get("student.start", OmegaConf.select(config, "student.start"))
     untold = [key for key in OF_A_STUDENT if _origin(key, said) is None]
     if begins is not None and untold:  # a run's own recipe tells all, and does without the file
-        config = _merge(config, _nested(_keys_of_student(os.path.expanduser(begins), untold)), begins)
+        run_dir = typed.get("run_dir") or OmegaConf.select(config, "run_dir")
+        keys = _keys_of_student(os.path.expanduser(begins), untold, Path(os.path.expanduser(run_dir)))
+        config = _merge(config, _nested(keys), begins)
     config = _merge(config, _nested(typed), "command line", added_to=set(LISTED) - set(typed))
+    if _rank("train.warmup_steps", said) > _rank("train.warmup_epochs", said):
+        OmegaConf.update(config, "train.warmup_epochs", 0.0)
     if missing := [key for key in asked_for if _origin(key, said) is None]:
         comments = {key: comment for key, _, comment in describe_keys()}
         told = "; ".join(f"{key}=..., {comments[key]}" for key in missing)
@@ -95,14 +99,17 @@ def _from_files(overrides: dict[str, str]) -> tuple[Any, list[tuple[str, set[str
         path = find_recipe(overrides.pop("recipe", "") or _recipe_of(overrides.get("run_dir")))
         OmegaConf.update(schema, "name", path.stem)
         contents = [(shown_path(file), content) for file, content in with_bases(path)]
-    config, said = schema, []
+    config = schema
+    said: list[tuple[str, set[str]]] = []
     asked_for: dict[str, None] = {}
     for origin, content in contents:
         config = _merge(config, content, origin)  # which leaves a key with ??? as it is
         flat = dict(_flat(content, known))
         unsaid = [key for key, value in flat.items() if value == "???"]
         asked_for |= dict.fromkeys(unsaid)
-        said.append((origin, flat.keys() - set(unsaid)))
+        for _, earlier in said:  # what a base says of them is not meant
+            earlier.difference_update([key for key in earlier if any(_overlap(key, other) for other in unsaid)])
+        said.append((origin, set(flat) - set(unsaid)))
     return config, said, list(asked_for)
 
 
@@ -239,10 +246,23 @@ def _overlap(key: str, other: str) -> bool:
 
 def _origin(key: str, said: Sequence[tuple[str, set[str]]]) -> str | None:
     """Who said a key last; None where nobody did."""
-    return next((origin for origin, keys in reversed(said) if any(_overlap(key, other) for other in keys)), None)
+    rank = _rank(key, said)
+    return said[rank][0] if rank >= 0 else None
 
 
-def _keys_of_student(checkpoint: str, wanted: list[str]) -> dict[str, Any]:
-    """Some of `OF_A_STUDENT`, as the student in a checkpoint has them."""
+def _rank(key: str, said: Sequence[tuple[str, set[str]]]) -> int:
+    """How late a key was said last; -1 where nobody did."""
+    return max(
+        (place for place, (_, keys) in enumerate(said) if any(_overlap(key, other) for other in keys)), default=-1
+    )
+
+
+def _keys_of_student(checkpoint: str, wanted: list[str], run_dir: Path) -> dict[str, Any]:
+    """Some of `OF_A_STUDENT`, as the student in a checkpoint has them; where that is gone, as a run that began with it
+    has."""
+    if not Path(checkpoint).exists() and (saved := run_dir / "recipe.yaml").is_file():
+        earlier = OmegaConf.structured(saved_recipe(saved))
+        if earlier.student.start == checkpoint:
+            return {key: OmegaConf.select(earlier, key) for key in wanted}
     config = asdict(student_config_of(checkpoint))
     return {key: config[key.removeprefix("student.")] for key in wanted}

@@ -54,6 +54,11 @@ def has_begun(recipe: Recipe) -> bool:
     return trained_student(recipe).exists() or (Path(recipe.run_dir) / "checkpoints").exists()
 
 
+def checkpoints_of(recipe: Recipe) -> list[Path]:
+    """The run's finished checkpoints, oldest first."""
+    return sorted((Path(recipe.run_dir) / "checkpoints").glob("step-*"))
+
+
 def trained_student(recipe: Recipe) -> Path:
     """Where the run's own student goes."""
     return Path(recipe.run_dir) / "student.safetensors"

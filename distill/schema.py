@@ -60,10 +60,10 @@ SHAPES_THE_STUDENT = (
     "seed", "image_size", "student", "teacher.name", "data.images", "data.annotations", "data.sixteen_bit",
     "data.fraction", "data.val_images", "cache.dtype",
     "cache.jpeg_quality", "train.epochs", "train.batch_size", "train.accumulate", "train.lr", "train.lr_end",
-    "train.lr_per", "train.weight_decay", "train.warmup_steps", "train.warmup_epochs", "train.clip_norm", "train.loss",
-    "train.then", "train.huber_delta", "train.ignore_padding", "train.mask_prompts", "train.mask_points",
-    "train.mask_rounds", "train.mask_targets", "train.ema", "train.batch_norm", "train.mixed_precision",
-    "cache.per_node",
+    "train.lr_per", "train.weight_decay", "train.warmup_steps", "train.warmup_epochs", "train.warmup_prefix",
+    "train.clip_norm", "train.loss", "train.then", "train.huber_delta", "train.ignore_padding",
+    "train.mask_prompts", "train.mask_points", "train.mask_rounds", "train.mask_targets", "train.ema",
+    "train.batch_norm", "train.mixed_precision", "cache.per_node",
 )  # fmt: skip
 """Keys (or sections) that decide what comes out of training; the rest says where, how fast, or what comes after."""
 
@@ -141,7 +141,8 @@ class TrainRecipe:
     lr_per: int | None = None  # batch size that lr and lr_end are stated for; another's are scaled linearly
     weight_decay: float = 0.05  # of AdamW; not for norms and biases
     warmup_steps: int = 500  # steps of linear warm-up (a tenth of the schedule at most), then cosine to lr_end
-    warmup_epochs: float = 0.0  # or this many epochs of it, however many that is of the schedule
+    warmup_epochs: float = 0.0  # or this many epochs of it (half of the schedule at most); what is said last counts
+    warmup_prefix: bool = True  # the cosine begins after the warm-up; false: it runs from the start (timm's default)
     clip_norm: float = 1.0  # gradients are clipped to this norm
     loss: dict[str, float] = field(default_factory=lambda: {"mse": 1.0})  # weights; docs/training.md has the losses
     then: list[PhaseRecipe] = field(default_factory=list)  # phases after it: '[{epochs: 2, lr: 1e-4, loss: {mask: 1}}]'

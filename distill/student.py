@@ -9,15 +9,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from distill.recipe import Recipe, saved_recipe
-from distill.run import has_begun
+from distill.run import checkpoints_of, has_begun
 from students import (
     InputError,
     StudentConfig,
     StudentEncoder,
     build_encoder,
     check_pretrained,
-    first_line,
+    differences,
     load_encoder,
+    shapes_of,
 )
 
 AUTO = "auto"
@@ -31,30 +32,45 @@ def student_config(recipe: Recipe, channels: int = 256) -> StudentConfig:
 
 
 def begin_student(recipe: Recipe, channels: int) -> StudentEncoder:
-    """The recipe's student before its first step: drawn, with an ImageNet backbone, or as `student.start` has it.
+    """The recipe's student before its first step: drawn, with an ImageNet backbone, or as `student.start` has it. Where
+    the run has a checkpoint, which has all weights, they are drawn: what it began with may be gone.
 
     Raises:
         InputError: there is no such student, or its weights cannot be had or do not fit.
     """
-    student = build_encoder(student_config(recipe, channels), recipe.student.pretrained)
+    config = student_config(recipe, channels)
+    if checkpoints_of(recipe):
+        return build_encoder(config)
+    student = build_encoder(config, recipe.student.pretrained)
     if recipe.student.start is not None:
         begun = load_encoder(recipe.student.start)
         refuse_other_student(recipe, begun.config)
-        try:
-            student.load_state_dict(begun.state_dict())
-        except RuntimeError as error:
-            raise InputError(f"student.start={recipe.student.start} does not fit: {first_line(error)}") from error
+        expected, found = (shapes_of(encoder.state_dict()) for encoder in (student, begun))
+        if differing := differences(expected, found):
+            raise InputError(f"student.start={recipe.student.start} does not fit the recipe's student: {differing}")
+        student.load_state_dict(begun.state_dict())
     return student
 
 
-def check_student(recipe: Recipe) -> None:
-    """Raise `InputError` where `begin_student` would, except for what only a download can tell."""
+def check_student(recipe: Recipe, channels: int | None) -> None:
+    """Raise `InputError` where `begin_student` would, except for what only a download can tell.
+
+    Args:
+        channels: of the teacher's embedding; None where they are not known yet.
+    """
     pretrained, start = recipe.student.pretrained, recipe.student.start
+    if checkpoints_of(recipe):
+        pretrained, start = False, None
     if pretrained is True:
         check_pretrained(recipe.student.name)
     from_file = isinstance(pretrained, str) and pretrained != AUTO
     if start is not None:
-        begin_student(recipe, load_encoder(start).config.embed_dim)
+        width = load_encoder(start).config.embed_dim
+        if channels not in (None, width):
+            raise InputError(
+                f"student.start={start} makes embeddings of {width} channels, and the teacher's have {channels}"
+            )
+        begin_student(recipe, width)
         return
     with torch.device("cpu" if from_file else "meta"):
         build_encoder(student_config(recipe), pretrained if from_file else False)

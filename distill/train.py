@@ -32,9 +32,6 @@ from embeddings_cache.shards import EmbeddingsCache, read_info
 from embeddings_cache.system import Stopped, progress_bar, stop_on_request, whole_file
 from students import InputError, StudentEncoder, save_student
 
-ROWS_LOOKED_AT = 256
-"""Before training, whether there are masks to learn from."""
-
 ADVICE = "with another run_dir a lower train.lr, or mixed_precision=no, may help"
 
 
@@ -223,11 +220,10 @@ def plain(student: nn.Module, accelerator: Accelerator) -> StudentEncoder:
 
 
 def refuse_unlabelled(recipe: Recipe, cache: EmbeddingsCache, rows: list[int]) -> None:
-    """Raise `InputError` where the loss `truth` has nothing to learn from: of some rows none has masks."""
-    some = rows[:: max(1, len(rows) // ROWS_LOOKED_AT)]
-    if wants_masks(recipe, ("truth",)) and not any(has_masks(cache[row]) for row in some):
+    """Raise `InputError` where the loss `truth` has nothing to learn from: none of the rows has masks."""
+    if wants_masks(recipe, ("truth",)) and not any(has_masks(cache[row]) for row in rows):
         raise InputError(
-            f"the loss truth learns from annotated masks, and of {len(some)} training images in {recipe.cache.dir} "
+            f"the loss truth learns from annotated masks, and of {len(rows)} training images in {recipe.cache.dir} "
             "none has any"
         )
 

@@ -116,7 +116,8 @@ class Monitor:
     def _judge(self, step: Step, loss: float, norm: float, mine: float) -> None:
         limit = math.inf
         if self.stop_above and len(self.usual) >= USUAL_AFTER:
-            limit = self.stop_above * median(self.usual)
+            # 0 is usual where few images have masks to learn from.
+            limit = self.stop_above * median(self.usual) or math.inf
         self.usual.append(loss)
         wrong = ""
         if not math.isfinite(loss):

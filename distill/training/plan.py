@@ -15,20 +15,26 @@ OF_A_SCHEDULE = ("lr", "lr_end", "lr_per", "warmup_steps", "warmup_epochs")
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates of `steps` steps from `first` on: linear warm-up to `peak`, then cosine to `end`."""
+    """Learning rates of `steps` steps from `first` on: linear warm-up to `peak`, then cosine to `end`.
+
+    With `prefix` the cosine begins at the peak; without, it has run below the warm-up from the first step on, so that
+    the rate drops when that ends. The latter is what timm's `CosineLRScheduler` does unless told otherwise.
+    """
 
     first: int
     steps: int
     warmup: int
     peak: float
     end: float = 0.0
+    prefix: bool = True
 
     def lr(self, step: int) -> float:
         """Of the step that follows `step` finished ones."""
         done = step - self.first
         if done < self.warmup:
             return self.peak * (done + 1) / (self.warmup + 1)
-        part = (done - self.warmup) / max(1, self.steps - self.warmup)
+        before = self.warmup if self.prefix else 0
+        part = (done - before) / max(1, self.steps - before)
         return self.end + (self.peak - self.end) * 0.5 * (1 + math.cos(math.pi * part))
 
 
@@ -151,10 +157,13 @@ def _phases(recipe: Recipe, steps_per_epoch: int) -> Iterator[Phase]:
 def _schedule(settings: TrainRecipe, first: int, steps: int, steps_per_epoch: int) -> Schedule:
     warmup = min(settings.warmup_steps, steps // 10)
     if settings.warmup_epochs:
-        warmup = min(round(settings.warmup_epochs * steps_per_epoch), steps)
+        warmup = min(round(settings.warmup_epochs * steps_per_epoch), steps // 2)
     scale = settings.batch_size / settings.lr_per if settings.lr_per else 1.0
-    return Schedule(first, steps, warmup, settings.lr * scale, settings.lr_end * scale)
+    return Schedule(first, steps, warmup, settings.lr * scale, settings.lr_end * scale, settings.warmup_prefix)
 
 
 def _said(phase: PhaseRecipe) -> dict[str, Any]:
-    return {key: value for key, value in vars(phase).items() if value is not None}
+    said = {key: value for key, value in vars(phase).items() if value is not None}
+    if "warmup_steps" in said:
+        said.setdefault("warmup_epochs", 0.0)  # or those of `train` would count instead
+    return said

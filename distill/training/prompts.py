@@ -77,8 +77,8 @@ def sample_prompts(
     truths = np.zeros((count, 0, 0), dtype=np.uint8)
     if truth_grid is not None:
         truths = np.zeros((count, truth_grid[1], truth_grid[1]), dtype=np.uint8)
-        for number in range(count if masks else 0):
-            truths[number] = covered_share(masks[number % len(masks)], row.input_size, *truth_grid)
+        for number, mask in enumerate(masks):  # which come again where there are fewer than prompts
+            truths[number :: len(masks)] = covered_share(mask, row.input_size, *truth_grid)
     floats = [torch.from_numpy(values.astype(np.float32)) for values in (points, boxes, draws)]
     points_, boxes_, draws_ = floats
     return MaskPrompts(points_, boxes_, draws_, torch.from_numpy(truths), torch.tensor(bool(masks)))
@@ -96,7 +96,7 @@ def covered_share(mask: np.ndarray, input_size: tuple[int, int], image_size: int
     Returns:
         uint8 (side, side): of each cell the share that the mask covers, 255 for all of it; padding is not covered.
     """
-    covered = mask.astype(np.float32)
+    covered = (mask.view(np.uint8) != 0).view(np.uint8)  # Pillow's arrays have 255 for True
     for axis in (0, 1):
         cells = math.ceil(input_size[axis] * side / image_size)
         length = image_size / side * mask.shape[axis] / input_size[axis]  # of a cell, in the photograph's pixels
@@ -106,12 +106,14 @@ def covered_share(mask: np.ndarray, input_size: tuple[int, int], image_size: int
 
 
 def _covered_lengths(rows: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Integrals between edges (n + 1) of what stands in rows (H, W), each of which is 1 long: (n, W)."""
-    summed = np.concatenate([np.zeros_like(rows[:1]), rows.cumsum(axis=0)])
+    """Integrals between edges (n + 1, from 0 on) of what stands in rows (H, W), each of which is 1 long: (n, W)."""
     edges = edges.clip(max=len(rows))
     below = np.minimum(edges.astype(int), len(rows) - 1)
-    part = (edges - below)[:, None]
-    return np.diff(summed[below] * (1 - part) + summed[below + 1] * part, axis=0)
+    firsts, place = np.unique(below, return_inverse=True)
+    dtype = np.int32 if rows.dtype == np.uint8 else rows.dtype
+    between = np.add.reduceat(rows, firsts, axis=0, dtype=dtype).cumsum(axis=0)
+    summed = np.concatenate([np.zeros_like(between[:1]), between[:-1]])
+    return np.diff(summed[place] + (edges - below)[:, None] * rows[below], axis=0)
 
 
 def has_masks(row: CacheRow) -> bool:

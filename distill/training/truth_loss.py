@@ -36,6 +36,7 @@ def truth_loss(
     """
     clicked, rounds = prompts.points.shape[1], prompts.draws.shape[2]
     covered = (prompts.truths.float() / 255)[:, :, None]
+    in_mask, outside = clear_cells(covered[:, :, 0])
     added = Corrections.none_yet(prompts)
     losses = []
     for number in range(rounds + 1):
@@ -46,8 +47,24 @@ def truth_loss(
         losses.append(distances.amin(dim=2).mean(dim=1))
         if number < rounds:
             best = best_masks(ours, predicted_iou, asked)
-            added = decoder.correct(added, best, covered[:, :, 0] > 0.5, inside, prompts.draws[:, :, number])
+            right = in_mask | (best & ~outside)  # cells in between are right either way
+            added = decoder.correct(added, best, right, inside, prompts.draws[:, :, number])
     return (torch.stack(losses).mean(dim=0) * prompts.labelled).mean()
+
+
+def clear_cells(covered: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which cells a click may call the mask's, and which background.
+
+    The mask's are those of which it covers more than half as much as of the cell that it covers most: half a cell, or
+    less where it is thinner than one. Background is what it does not touch.
+
+    Args:
+        covered: (..., h, w), the share of each cell that lies in the mask.
+
+    Returns:
+        Two booleans (..., h, w).
+    """
+    return covered > covered.amax(dim=(-2, -1), keepdim=True) / 2, covered == 0
 
 
 def focal_and_dice(logits: torch.Tensor, covered: torch.Tensor, inside: torch.Tensor | None = None) -> torch.Tensor:

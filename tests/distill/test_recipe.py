@@ -170,6 +170,30 @@ def test_a_recipe_says_what_differs_from_the_one_that_it_is_based_on(tmp_path: P
     assert load_recipe([f"recipe={tmp_path / 'recipe.yaml'}"]) == recipe
 
 
+def test_a_base_is_asked_again_and_its_overrides_can_be_cleared(tmp_path: Path) -> None:
+    """`???` takes back what a base says."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "based_on: quickstart\nstudent: {name: tiny_vit_5m, overrides: {}}\ndata: {images: '???', val_images: 3}\n"
+    )
+    with pytest.raises(InputError, match=r"mine.yaml leaves to the command line: data.images="):
+        load_recipe([f"recipe={path}"])
+    recipe = load_recipe([f"recipe={path}", "data.images=x"])
+    assert (recipe.data.images, recipe.student.name, recipe.student.overrides) == ("x", "tiny_vit_5m", {})
+    more = load_recipe(["recipe=quickstart", "student.overrides.depths=[1, 1, 1, 1]"])
+    assert more.student.overrides == {"widths": [24, 48, 96, 192], "depths": [1, 1, 1, 1]}
+
+
+def test_of_two_ways_to_say_warm_up_the_last_one_counts(tmp_path: Path) -> None:
+    recipe = load_recipe(["recipe=edge_sam", "train.warmup_steps=100"])
+    assert Plan.of(recipe, 1600, 1).phases[0].schedule.warmup == 100
+    (tmp_path / "mine.yaml").write_text("based_on: edge_sam\ntrain: {warmup_steps: 50}\n")
+    recipe = load_recipe([f"recipe={tmp_path / 'mine.yaml'}", "train.warmup_epochs=1"])
+    assert Plan.of(recipe, 1600, 1).phases[0].schedule.warmup == 100
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
+    assert load_recipe([f"recipe={tmp_path / 'recipe.yaml'}"]) == recipe
+
+
 def test_bases_that_are_unknown_or_go_round_are_refused(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     second.write_text("based_on: first.yaml\ndata: {images: x}\n")
@@ -204,8 +228,8 @@ def test_edge_sams_phases_are_the_published_ones() -> None:
     assert student_config(recipe) == PUBLISHED["edge_sam"]
     plan = Plan.of(recipe, 1600, 1)
     first, second = plan.phases
-    assert first.schedule == Schedule(0, 1000, 500, 0.0125 / 4, 6.25e-7 / 4)
-    assert second.schedule == Schedule(1000, 500, 0, 1e-4, 1e-5)
+    assert first.schedule == Schedule(0, 1000, 500, 0.0125 / 4, 6.25e-7 / 4, prefix=False)
+    assert second.schedule == Schedule(1000, 500, 0, 1e-4, 1e-5, prefix=False)
     settings = [(p.settings.epochs, p.settings.weight_decay, p.settings.clip_norm) for p in plan.phases]
     assert settings == [(10, 0.01, 5.0), (5, 0.05, 0.01)]
     assert (first.settings.loss, first.settings.ignore_padding) == ({"mse": 1.0}, True)

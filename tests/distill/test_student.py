@@ -55,6 +55,32 @@ def test_a_run_does_without_the_file_that_it_began_with(own_photos: list[str], t
     assert again == recipe
     with pytest.raises(InputError, match=r"start.safetensors"):
         check(again, before=())
+    (Path(recipe.run_dir) / "checkpoints" / "step-00000001").mkdir(parents=True)
+    for goes_on in (again, load_recipe([*own_photos, f"student.start={tmp_path / 'start.safetensors'}"])):
+        assert goes_on == recipe
+        check(goes_on, before=())
+        assert begin_student(goes_on, 128).config == student_config(recipe, 128)
+
+
+def test_weights_that_cannot_be_had_any_more_do_not_stop_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`student.pretrained=auto` that came to true, on a machine without network, after a checkpoint."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "recipe.yaml").write_text(f"data: {{images: x}}\nrun_dir: {tmp_path}\nstudent: {{pretrained: true}}\n")
+    recipe = load_recipe([f"recipe={tmp_path / 'recipe.yaml'}"])
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    begin_student(recipe, 256)
+
+
+def test_a_start_of_another_width_than_the_teachers_is_refused_before_precompute(
+    own_photos: list[str], tmp_path: Path
+) -> None:
+    narrow = create_student("repvit_m0_9", 128, 64, widths=[8, 16, 16, 32], depths=[1, 1, 1, 1])
+    save_student(tmp_path / "narrow.safetensors", narrow, {})
+    recipe = load_recipe([*own_photos, f"student.start={tmp_path / 'narrow.safetensors'}"])
+    with pytest.raises(InputError, match="makes embeddings of 64 channels, and the teacher's have 128"):
+        check(recipe, before=())
+    with pytest.raises(InputError, match=r"student.start=.* does not fit the recipe's student: "):
+        begin_student(recipe, 128)
 
 
 def test_auto_keeps_to_a_run_that_has_begun_and_to_no_other(tmp_path: Path, accelerator: Accelerator) -> None:
@@ -122,7 +148,8 @@ def test_without_annotations_there_is_no_truth(own_photos: list[str], finished_r
     recipe, cache = load_recipe(own_photos), EmbeddingsCache(finished_run / "cache")
     rows = [cache[index] for index in range(3)]
     refuse_unlabelled(recipe, rows, [0, 1, 2])  # type: ignore[arg-type]
-    rows = [replace(row, annotation=None) for row in rows]
+    rows = [*(replace(row, annotation=None) for row in rows), rows[0]]
+    refuse_unlabelled(recipe, rows, [0, 1, 2, 3])  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"learns from annotated masks, and of 3 training images in .* none has any"):
         refuse_unlabelled(recipe, rows, [0, 1, 2])  # type: ignore[arg-type]
     refuse_unlabelled(replace(recipe, train=replace(recipe.train, loss={"mse": 1.0})), rows, [0])  # type: ignore[arg-type]

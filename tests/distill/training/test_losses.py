@@ -16,7 +16,7 @@ from distill.schema import TrainRecipe
 from distill.training.mask_loss import mask_distances, mask_loss
 from distill.training.prompted import PromptedDecoder, disagreement, pixels_inside
 from distill.training.prompts import MaskPrompts, covered_share, sample_prompts
-from distill.training.truth_loss import focal_and_dice, truth_loss
+from distill.training.truth_loss import clear_cells, focal_and_dice, truth_loss
 from embeddings_cache.images.annotations import decode_masks
 from embeddings_cache.shards.codec import CacheRow
 from embeddings_cache.shards.reader import EmbeddingsCache
@@ -311,6 +311,20 @@ def test_a_true_mask_lies_on_the_grid_where_the_picture_does(shape: tuple[int, i
     sampled = padded[y.astype(int)][:, x.astype(int)].reshape(32, fine, 32, fine).mean((1, 3))
     np.testing.assert_allclose(found / 255, sampled, atol=0.05)
     assert found.any()
+
+
+def test_a_click_does_not_call_a_thin_object_background() -> None:
+    """A pole half a cell wide: it covers no cell by more than half."""
+    mask = np.zeros((256, 256), dtype=bool)
+    mask[:, 101:105] = True
+    covered = torch.from_numpy(covered_share(mask, (256, 256), 256, 32)) / 255  # cells of 8 px
+    in_mask, outside = clear_cells(covered)
+    assert in_mask.sum() == 32
+    assert (covered[in_mask] == 0.375).logical_or((covered[in_mask] - 0.375).abs() < 0.01).all()
+    assert not (outside & (covered > 0)).any()
+    mask[:, 64:128] = True
+    in_mask, outside = clear_cells(torch.from_numpy(covered_share(mask, (256, 256), 256, 32)) / 255)
+    assert (in_mask.sum(), outside.sum()) == (32 * 8, 32 * 24)
 
 
 def truths_of(rows: list[CacheRow], count: int, rounds: int) -> MaskPrompts:

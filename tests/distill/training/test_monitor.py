@@ -83,6 +83,14 @@ def test_what_is_usual_is_learnt_anew_when_the_losses_change() -> None:
         monitor.look(StopRequest())
 
 
+def test_a_loss_is_not_unusual_where_most_images_teach_nothing() -> None:
+    """As for `truth`, of a folder of which little is labelled."""
+    monitor = Monitor(Accelerator(), 10.0, 1, 0.0)
+    for number in range(40):
+        monitor.add(step_of(number, 0.9 if number % 8 == 7 else 0.0), TrainRecipe())
+        monitor.look(StopRequest())
+
+
 def test_a_gradient_that_is_no_number_stops_the_run() -> None:
     monitor = Monitor(Accelerator(), 0.0, 1, 0.0)
     monitor.add(step_of(3, 1.0, float("inf")), TrainRecipe())

@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
+from timm.scheduler import CosineLRScheduler
 
 from distill.recipe import Recipe, load_recipe
 from distill.schema import PhaseRecipe, TrainRecipe
@@ -122,17 +124,41 @@ def test_a_phase_has_a_schedule_of_its_own_where_it_says_so(recipe: Recipe) -> N
 
 def test_rates_are_for_a_batch_and_scaled_for_another(recipe: Recipe) -> None:
     phase = PhaseRecipe(1, lr=0.2, lr_per=2, warmup_epochs=0.5)
-    with_train(recipe, lr=0.8, lr_end=0.08, lr_per=16, warmup_epochs=2.0, then=[phase])  # TINY's batch is 4
+    with_train(recipe, lr=0.8, lr_end=0.08, lr_per=16, warmup_epochs=1.0, then=[phase])  # TINY's batch is 4
     first, second = Plan.of(recipe, 40, 2).phases
     assert (first.schedule.peak, first.schedule.end) == pytest.approx((0.2, 0.02))
-    assert first.schedule.warmup == 20  # of 30 steps: epochs are not held to a tenth
+    assert first.schedule.warmup == 10  # of 30 steps: epochs are not held to a tenth
     assert (second.schedule.peak, second.schedule.end) == pytest.approx((0.4, 0.16))
     assert second.schedule.warmup == 5
     lines = list(Plan.of(recipe, 40, 2).describe())
     assert lines[0] == (
-        "phase 1 of 2: 3 epochs, 30 steps, 1 mse; learning rate up to 0.2 in 20 steps, down to 0.02 "
+        "phase 1 of 2: 3 epochs, 30 steps, 1 mse; learning rate up to 0.2 in 10 steps, down to 0.02 "
         "(0.8 is for a batch of 16, this one is 4)"
     )
+
+
+def test_what_a_phase_says_of_warm_up_counts_and_half_of_it_decays(recipe: Recipe) -> None:
+    said, silent = PhaseRecipe(2, lr=0.1, warmup_steps=1), PhaseRecipe(2, lr=0.1)
+    with_train(recipe, warmup_epochs=3.0, then=[said, silent])
+    assert [phase.schedule.warmup for phase in Plan.of(recipe, 40, 1).phases] == [15, 1, 10]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_schedules_are_timms(prefix: bool) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    scheduler = CosineLRScheduler(
+        optimizer,
+        t_initial=35 if prefix else 40,  # with a prefix timm counts without it
+        lr_min=0.01,
+        warmup_t=5,
+        warmup_lr_init=0.5 / 6,
+        warmup_prefix=prefix,
+        t_in_epochs=False,
+    )
+    ours = Schedule(100, 40, 5, 0.5, 0.01, prefix)
+    for step in range(40):
+        scheduler.step_update(step)
+        assert ours.lr(100 + step) == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
 def test_a_run_may_begin_with_a_later_phase(recipe: Recipe) -> None:
