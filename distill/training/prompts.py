@@ -62,7 +62,7 @@ def sample_prompts(
     """
     scale = np.array([row.input_size[1] / row.original_size[1], row.input_size[0] / row.original_size[0]])
     limits = np.array([row.input_size[1], row.input_size[0]], dtype=float)
-    clicked = math.ceil(count * share_of_points)
+    clicked = math.ceil(count * share_of_points - 1e-9)  # 0.07 × 100 is a little more than 7
     masks = list(_some_masks(row, count, rng))
     points, boxes = np.empty((clicked, 2)), np.empty((count - clicked, 4))
     for number in range(count):

@@ -165,10 +165,10 @@ def test_the_readmes_first_command(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert "recipe=repvit_m2_3" in first.stdout  # what a real run takes instead
     report = json.loads((tmp_path / "runs" / "quickstart" / "report" / "report.json").read_text())
-    for sizes in report["evaluation"]["miou"].values():
-        means = sizes["all"]
+    for prompt, share in (("point", 0.93), ("box", 0.94)):  # 0.959 and 0.969 were measured
+        means = report["evaluation"]["miou"][prompt]["all"]
         assert means["teacher_truth"] > 0.75
-        assert means["student_truth"] >= 0.9 * means["teacher_truth"]
+        assert means["student_truth"] >= share * means["teacher_truth"]
     assert str(Path("runs") / "quickstart" / "report" / "index.html") in first.stdout
     by_step = report["curves"]["val_mse"]
     assert report["evaluation"]["embedding"]["mse"] < 0.25 * by_step[0][1]
