@@ -51,12 +51,17 @@ def bind_cache(recipe: Recipe, identity: CacheIdentity) -> None:
 
 def has_begun(recipe: Recipe) -> bool:
     """Whether the run directory holds a student, finished or not."""
-    return trained_student(recipe).exists() or (Path(recipe.run_dir) / "checkpoints").exists()
+    return trained_student(recipe).exists() or checkpoints_of(recipe).exists()
 
 
-def checkpoints_of(recipe: Recipe) -> list[Path]:
-    """The run's finished checkpoints, oldest first."""
-    return sorted((Path(recipe.run_dir) / "checkpoints").glob("step-*"))
+def checkpoints_of(recipe: Recipe) -> Path:
+    """Where the run's checkpoints go."""
+    return Path(recipe.run_dir) / "checkpoints"
+
+
+def finished_checkpoints(directory: Path) -> list[Path]:
+    """Those that are whole, oldest first."""
+    return sorted(directory.glob("step-*"))
 
 
 def trained_student(recipe: Recipe) -> Path:

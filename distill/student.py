@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from distill.recipe import Recipe, saved_recipe
-from distill.run import checkpoints_of, has_begun
+from distill.run import checkpoints_of, finished_checkpoints, has_begun
 from students import (
     InputError,
     StudentConfig,
@@ -19,6 +19,7 @@ from students import (
     differences,
     load_encoder,
     shapes_of,
+    student_config_of,
 )
 
 AUTO = "auto"
@@ -39,7 +40,7 @@ def begin_student(recipe: Recipe, channels: int) -> StudentEncoder:
         InputError: there is no such student, or its weights cannot be had or do not fit.
     """
     config = student_config(recipe, channels)
-    if checkpoints_of(recipe):
+    if finished_checkpoints(checkpoints_of(recipe)):
         return build_encoder(config)
     student = build_encoder(config, recipe.student.pretrained)
     if recipe.student.start is not None:
@@ -59,13 +60,13 @@ def check_student(recipe: Recipe, channels: int | None) -> None:
         channels: of the teacher's embedding; None where they are not known yet.
     """
     pretrained, start = recipe.student.pretrained, recipe.student.start
-    if checkpoints_of(recipe):
+    if finished_checkpoints(checkpoints_of(recipe)):
         pretrained, start = False, None
     if pretrained is True:
         check_pretrained(recipe.student.name)
     from_file = isinstance(pretrained, str) and pretrained != AUTO
     if start is not None:
-        width = load_encoder(start).config.embed_dim
+        width = student_config_of(start).embed_dim
         if channels not in (None, width):
             raise InputError(
                 f"student.start={start} makes embeddings of {width} channels, and the teacher's have {channels}"

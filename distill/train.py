@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distill.evaluate.watch import MaskWatch, load_decoder
 from distill.losses import Objective, embedding_errors
 from distill.recipe import Recipe, to_yaml
-from distill.run import bind_cache, open_cache, trained_student
+from distill.run import bind_cache, checkpoints_of, open_cache, trained_student
 from distill.schema import TrainRecipe
 from distill.student import begin_student
 from distill.training.batches import Batch, CachedImages, TimedBatches, TrainingOrder, check_limits, make_loader
@@ -70,7 +70,7 @@ def train(recipe: Recipe, accelerator: Accelerator) -> bool:
     set_seed(recipe.seed)
     student, optimizer, average = prepare(recipe, cache.info.identity.embedding_shape[0], accelerator)
     metadata = {"recipe": to_yaml(recipe), "teacher_sha256": cache.info.identity.teacher_sha256}
-    checkpoints = Checkpoints(Path(recipe.run_dir) / "checkpoints", accelerator, settings.keep_checkpoints, metadata)
+    checkpoints = Checkpoints(checkpoints_of(recipe), accelerator, settings.keep_checkpoints, metadata)
     step = checkpoints.restore(plain(student, accelerator), average)
     metrics = Metrics(recipe, accelerator, step)
     monitor = Monitor(accelerator, settings.stop_above, settings.log_every, settings.checkpoint_minutes)

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 
+from distill.run import finished_checkpoints
 from embeddings_cache.system import TEMPORARY, publish, read_json, write_json
 from students import InputError, StudentEncoder, first_line, load_student, save_student
 
@@ -116,7 +117,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Finished checkpoints, oldest first."""
-        return sorted(self.directory.glob("step-*"))
+        return finished_checkpoints(self.directory)
 
     def _at(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"

@@ -18,7 +18,7 @@ from distill.launch import create_accelerator
 from distill.recipe import load_recipe
 from distill.run import claim_run_dir
 from distill.stages.train import check
-from distill.student import begin_student, settle_pretrained, student_config
+from distill.student import begin_student, check_student, settle_pretrained, student_config
 from distill.train import refuse_unlabelled, train
 from embeddings_cache.shards import EmbeddingsCache
 from students import InputError, create_student, load_student, save_published, save_student, untrained_sam
@@ -68,7 +68,8 @@ def test_weights_that_cannot_be_had_any_more_do_not_stop_a_run(tmp_path: Path, m
     (tmp_path / "recipe.yaml").write_text(f"data: {{images: x}}\nrun_dir: {tmp_path}\nstudent: {{pretrained: true}}\n")
     recipe = load_recipe([f"recipe={tmp_path / 'recipe.yaml'}"])
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
-    begin_student(recipe, 256)
+    check_student(recipe, 256)
+    assert begin_student(recipe, 256).config == student_config(recipe, 256)
 
 
 def test_a_start_of_another_width_than_the_teachers_is_refused_before_precompute(

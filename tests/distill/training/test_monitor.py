@@ -88,7 +88,7 @@ def test_a_loss_is_not_unusual_where_most_images_teach_nothing() -> None:
     monitor = Monitor(Accelerator(), 10.0, 1, 0.0)
     for number in range(40):
         monitor.add(step_of(number, 0.9 if number % 8 == 7 else 0.0), TrainRecipe())
-        monitor.look(StopRequest())
+        assert not monitor.look(StopRequest()).stop
 
 
 def test_a_gradient_that_is_no_number_stops_the_run() -> None:
