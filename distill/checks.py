@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 from distill.schema import (
     BATCH_NORMS,
     FORMATS,
-    IMAGES,
     INPUTS,
     LOSSES,
     MASK_TARGETS,
     ON_REQUEST,
+    ONE_OR_MORE,
     STAGES,
     TASKS,
     Recipe,
@@ -48,7 +48,8 @@ CHOICES_OF_EACH: dict[str, Callable[[], Sequence[str]]] = {
 AT_LEAST_ONE = (
     "student.neck_expand", "teacher.batch_size", "data.val_images", "data.max_pixels", "cache.images_per_shard",
     "train.batch_size", "train.accumulate", "train.lr_per", "train.mask_prompts", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.log_every", "evaluate.masks_per_image", "evaluate.grid", "export.images",
+    "train.keep_checkpoints", "train.log_every", "evaluate.masks_per_image", "evaluate.grid", "evaluate.limit",
+    "evaluate.thresholds", "export.images",
     "export.calibration_images", "predict.points_per_side",
 )  # fmt: skip
 NOT_NEGATIVE = (
@@ -128,10 +129,16 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
             refuse(key, weights, ": weights are not negative, and one is more than 0")
     if not recipe.data.images:
         refuse("data.images", recipe.data.images, ": say which tars or folder to use")
-    for key, images in zip(IMAGES, (recipe.data.images, recipe.evaluate.data), strict=True):
-        listed = images if isinstance(images, list) else [images or ""]
-        if not all(isinstance(source, str) for source in listed):
-            refuse(key, images, " is neither text nor a list of texts")
+    for key in ONE_OR_MORE:
+        value = OmegaConf.select(config, key)
+        listed = value if isinstance(value, Sequence) and not isinstance(value, str) else [value or ""]
+        if not listed or not all(isinstance(each, str) for each in listed):
+            refuse(key, value, " is neither text nor a list of texts")
+    if recipe.evaluate.task != "masks":
+        if recipe.stage not in ("evaluate", *ON_REQUEST):
+            refuse("evaluate.task", recipe.evaluate.task, " goes with stage=evaluate")
+        if not isinstance(recipe.evaluate.data, str):
+            refuse("evaluate.data", recipe.evaluate.data, f": evaluate.task={recipe.evaluate.task} takes one folder")
     for key, prompt, shape in (("point", recipe.point, "x,y"), ("box", recipe.box, "x0,y0,x1,y1")):
         if prompt is not None and not _is_prompt(prompt, shape):
             refuse(key, prompt, f" is not {shape} in pixels of the image")

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.checks import check_recipe, nearest
 from distill.recipe_files import Loader, find_recipe, list_recipes, parse_yaml, read_yaml, shown_path, with_bases
-from distill.schema import IMAGES, PATHS, SHAPES_THE_STUDENT, STAGES, Recipe, describe_keys, kinds
+from distill.schema import ONE_OR_MORE, PATHS, SHAPES_THE_STUDENT, STAGES, TEACHER, Recipe, describe_keys, kinds
 from embeddings_cache.teacher import inspect_teacher
 from students import InputError, StudentConfig, first_line, is_our_student, read_metadata, student_config_of
 
@@ -91,10 +91,13 @@ def _from_files(overrides: dict[str, str]) -> tuple[Any, list[tuple[str, set[str
     of them says which keys; and the keys of which they say `???`, that somebody must. Takes `recipe` from the
     overrides."""
     schema, known = OmegaConf.structured(Recipe), [key for key, _, _ in describe_keys()]
-    alone = "checkpoint" in overrides and not {"recipe", "run_dir"} & set(overrides)
-    if alone and overrides.get("stage") in ("export", "convert"):
-        within = Path(overrides["checkpoint"])
-        contents = [(str(within), _recipe_within(within))]
+    there = Path(os.path.expanduser(overrides.get("run_dir", ""))) / "recipe.yaml"
+    alone = "checkpoint" in overrides and "recipe" not in overrides and not ("run_dir" in overrides and there.is_file())
+    if alone and overrides.get("stage") in ("evaluate", "export", "convert"):
+        named = _parse("checkpoint", overrides["checkpoint"])
+        students = [each for each in (named if isinstance(named, list) else [named]) if each != TEACHER]
+        within = Path(os.path.expanduser(str(students[0]))) if students else None
+        contents = [(str(within or TEACHER), _recipe_within(within))]
     else:
         path = find_recipe(overrides.pop("recipe", "") or _recipe_of(overrides.get("run_dir")))
         OmegaConf.update(schema, "name", path.stem)
@@ -157,13 +160,15 @@ def _architecture(checkpoint: str | None) -> str | None:
         return None
 
 
-def _recipe_within(checkpoint: Path) -> dict[str, Any]:
-    """The recipe in a student's metadata, or as much of one as it takes to export a checkpoint without; results go to
-    the run that the file lies in, else to `runs/` under the file's name.
+def _recipe_within(checkpoint: Path | None) -> dict[str, Any]:
+    """The recipe in a student's metadata, or as much of one as it takes to export or evaluate a checkpoint without
+    (None: the teacher); results go to the run that the file lies in, else to `runs/` under the file's name.
 
     Raises:
         InputError: there is no such file, or it is damaged.
     """
+    if checkpoint is None:
+        return {"name": TEACHER, "data": {"images": "scenes:8"}}
     kept: dict[str, Any] = {"name": checkpoint.stem}
     if not checkpoint.exists():
         raise InputError(f"no student at {checkpoint}")
@@ -186,11 +191,11 @@ def _recipe_of(run_dir: str | None) -> str:
 
 def _parse(key: str, value: str) -> Any:
     """A command line value; where text is expected it stays as it is typed, for YAML would change some of it."""
-    if value == "null" or (key in IMAGES and not value):
+    if value == "null" or (key in ONE_OR_MORE and not value):
         return None
     if kinds().get(key) == list[str] and not value.startswith("["):
         return value.split(",")
-    if kinds().get(key) in (str, str | None) or (key in IMAGES and not value.startswith("[")):
+    if kinds().get(key) in (str, str | None) or (key in ONE_OR_MORE and not value.startswith("[")):
         return value
     try:
         return yaml.load(value, Loader)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from segment_anything.modeling import Sam
 
 from distill.recipe import Recipe, differences, to_yaml
+from distill.schema import TASKS, TEACHER
 from embeddings_cache.images import fingerprint
 from embeddings_cache.shards import CacheIdentity, EmbeddingsCache, identity_of, images_name, refuse_other_cache
 from embeddings_cache.system import read_json, whole_file, write_json
@@ -73,13 +74,29 @@ def chosen_student(recipe: Recipe) -> Path:
     """The student to evaluate or export: `checkpoint`, or the run's own.
 
     Raises:
-        InputError: it is not there.
+        InputError: it is not there, or several are named.
     """
-    path = Path(recipe.checkpoint) if recipe.checkpoint else trained_student(recipe)
-    if not path.exists():
-        hint = "" if recipe.checkpoint else ": run stage=train first"
-        raise InputError(f"no student at {path}{hint}")
+    if isinstance(recipe.checkpoint, list):
+        raise InputError(f"checkpoint={recipe.checkpoint}: several are for stage=evaluate, and not for every task")
+    (path,) = chosen_students(recipe)
+    if path is None:
+        raise InputError(f"checkpoint={TEACHER}: the teacher takes part in stage=evaluate alone, and not in every task")
     return path
+
+
+def chosen_students(recipe: Recipe) -> list[Path | None]:
+    """All that `checkpoint` names, or the run's own; None is the teacher.
+
+    Raises:
+        InputError: one of them is not there.
+    """
+    named = recipe.checkpoint if isinstance(recipe.checkpoint, list) else [recipe.checkpoint or trained_student(recipe)]
+    chosen = [None if name == TEACHER else Path(name) for name in named]
+    for path in chosen:
+        if path is not None and not path.exists():
+            hint = "" if recipe.checkpoint else ": run stage=train first"
+            raise InputError(f"no student at {path}{hint}")
+    return chosen
 
 
 def other_teacher(recipe: Recipe, teacher: Sam) -> str | None:
@@ -153,14 +170,30 @@ def as_stored(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def is_current(result: Path, inputs: dict[str, Any], accelerator: Accelerator) -> bool:
-    """Whether a result (JSON) is there, was made from these inputs, and the files that it lists beside it are there.
+def is_current(result: Path, inputs: dict[str, Any], accelerator: Accelerator, section: str | None = None) -> bool:
+    """Whether a result (JSON, or a section of it) is there, was made from these inputs, and the files that it lists
+    beside it are there.
 
     All processes get the same answer: none goes on to write before the last has looked.
     """
-    current = result.exists() and (content := read_json(result)).get("made_from") == as_stored(inputs)
+    content = (read_section(result, section) if section else read_json(result)) if result.exists() else None
+    content = content or {}
+    current = content.get("made_from") == as_stored(inputs)
     current = current and all((result.parent / name).exists() for name in content.get("files", ()))
     accelerator.wait_for_everyone()
     if current:
-        accelerator.print(f"{result} is current")
+        accelerator.print(f"{result} is current" + (f" for {section}" if section else ""))
     return current
+
+
+def read_section(path: Path, name: str) -> dict[str, Any] | None:
+    """What `evaluation.json` says of a task; None where it says nothing, or there is no such file."""
+    content = read_json(path) if path.exists() else {}
+    found = content.get(name) if isinstance(content, dict) else None
+    return found if isinstance(found, dict) else None
+
+
+def write_section(path: Path, name: str, section: dict[str, Any]) -> None:
+    """Put what a task came to into `evaluation.json`, beside what others did."""
+    others = {task: found for task in TASKS if task != name and (found := read_section(path, task))}
+    write_json(path, {task: {**others, name: section}[task] for task in TASKS if task in {*others, name}})

@@ -24,8 +24,11 @@ LOSSES = ("mse", "l1", "huber", "cosine", *MASK_LOSSES)
 MASK_TARGETS = ("soft", "binary")
 """What the teacher's masks are to a student: probabilities, or what is more than ½ of them."""
 
-TASKS = ("masks",)
-"""What `evaluate.task` names; `stages/evaluate.py` has a function for each."""
+TASKS = ("masks", "edges", "instances", "wild", "saliency", "anomaly", "video")
+"""What `evaluate.task` names: a module in `evaluate/` each."""
+
+TEACHER = "teacher"
+"""What stands for the recipe's teacher among the checkpoints that are evaluated."""
 
 BATCH_NORMS = ("local", "sync", "frozen")
 """What batch norms normalise by while a student is trained."""
@@ -49,6 +52,9 @@ DEFAULT_FORMATS = ("onnx", "onnx_decoder", "coreml")
 
 IMAGES = ("data.images", "evaluate.data")
 """Keys that name images."""
+
+ONE_OR_MORE = (*IMAGES, "checkpoint")
+"""Keys whose value is a text, or a list of texts."""
 
 PATHS = (
     *IMAGES, "data.annotations", "run_dir", "checkpoint", "image", "cache.dir", "teacher.checkpoint",
@@ -173,6 +179,8 @@ class EvaluateRecipe:
     data: Any = None  # other images to evaluate on, tars or folders; default: the held-out images of the cache
     masks_per_image: int = 64  # prompts an image at most, the first of its annotation
     grid: int = 8  # images without annotations are prompted with grid x grid points
+    limit: int | None = None  # tasks other than masks: the first so many images alone, for a first look
+    thresholds: int = 99  # edges: at so many the map is compared with people's boundaries
 
 
 @dataclass
@@ -204,7 +212,7 @@ class Recipe:
     seed: int = 0  # of weights and of the order of images
     image_size: int = 1024  # side of the square input in pixels
     run_dir: str = "runs/${name}"  # where results go
-    checkpoint: str | None = None  # student for the stages after train; default: the run's own student.safetensors
+    checkpoint: Any = None  # student for the stages after train, default: the run's own; to evaluate also several
     image: str | None = None  # photograph to segment, for stage=predict
     point: str | None = None  # x,y in its pixels, on the object; more of them follow after commas
     box: str | None = None  # x0,y0,x1,y1 around the object; with neither point nor box everything is segmented

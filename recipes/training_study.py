@@ -128,7 +128,7 @@ def place(out: Path, variants: Mapping[str, Variant], name: str, seed: int) -> P
 def result(out: Path, variants: Mapping[str, Variant], name: str, seed: int) -> dict[str, float]:
     """What a run came to; its minutes include those of the one that it goes on from."""
     run_dir, after = place(out, variants, name, seed), variants[name].after
-    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())["masks"]
     means = {prompt: evaluation["miou"][prompt]["all"] for prompt in ("point", "box")}
     minutes = json.loads((run_dir / "stages.json").read_text())["train"]["seconds"] / 60
     return {

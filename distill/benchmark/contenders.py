@@ -14,6 +14,7 @@ from torch import nn
 from distill.checks import nearest
 from distill.export.files import digest as file_digest
 from distill.export.files import size as file_size
+from distill.run import read_section
 from embeddings_cache.system import read_json, sha256
 from students import (
     PUBLISHED,
@@ -281,11 +282,10 @@ def miou_with_teacher(contender: Contender) -> dict[str, float | None]:
         if not manifest.exists():
             return nothing
         digest, beside = _made_from(path, read_json(manifest)), path.parent.parent / "evaluation.json"
-    if not beside.exists():
+    if (evaluation := read_section(beside, "masks")) is None:
         return nothing
     if contender.kind == "torch":
         digest = sha256(path)
-    evaluation = read_json(beside)
     if digest is None or _dig(evaluation, "made_from", "student_sha256") != digest:
         return nothing
     return {f"miou_{prompt}": _dig(evaluation, "miou", prompt, "all", "student_teacher") for prompt in ("point", "box")}

@@ -26,7 +26,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from distill.losses import embedding_errors
 from distill.reading import reading_of
 from distill.recipe import Recipe
-from distill.run import chosen_student, is_current, open_cache
+from distill.run import chosen_student, is_current, open_cache, write_section
 from distill.schema import EvaluateRecipe
 from embeddings_cache.embed import Preparation, embedded_rows
 from embeddings_cache.images import (
@@ -44,7 +44,7 @@ from embeddings_cache.images import (
 )
 from embeddings_cache.precompute import THREADS
 from embeddings_cache.shards import CacheIdentity, CacheRow, read_info, refuse_other_cache
-from embeddings_cache.system import Workers, progress_bar, sha256, write_json
+from embeddings_cache.system import Workers, progress_bar, sha256
 from embeddings_cache.teacher import TeacherEncoder, load_teacher, weights_sha256
 from students import InputError, build_student_sam, first_line, load_student, require_decoder, weight_files
 
@@ -80,14 +80,14 @@ class Score:
 
 
 def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> bool:
-    """Write `evaluation.json` for the chosen student; returns False where it was there.
+    """Write the section `masks` of `evaluation.json` for the chosen student; returns False where it was there.
 
     Raises:
         InputError: no student, no cache or no teacher of the recipe, or no image to evaluate on.
     """
     result = Path(recipe.run_dir) / "evaluation.json"
     inputs = evaluation_inputs(recipe)
-    if is_current(result, inputs, accelerator):
+    if is_current(result, inputs, accelerator, section="masks"):
         return False
     teacher, student_sam = load_sams(recipe, accelerator.device)
     scores: list[Score] = []
@@ -121,7 +121,7 @@ def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> bool:
         raise InputError(f"evaluate: no image could be read{f', {skipped[0]}' if skipped else ''}")
     if accelerator.is_main_process:
         content = {"task": "masks", "student": student_sam.image_encoder.config.name, **summarize(scores, errors)}
-        write_json(result, {**content, "skipped": skipped, "noted": noted, "made_from": inputs})
+        write_section(result, "masks", {**content, "skipped": skipped, "noted": noted, "made_from": inputs})
     accelerator.wait_for_everyone()
     return True
 

@@ -13,7 +13,8 @@ from distill.export.folder import file_line
 from distill.recipe import Recipe, to_yaml
 from distill.report.cases import Case, draw_cases
 from distill.report.page import render_page
-from distill.run import as_stored, chosen_student, is_current, read_metrics, stage_times
+from distill.run import as_stored, chosen_student, is_current, read_metrics, read_section, stage_times
+from distill.schema import TASKS
 from embeddings_cache.shards import software_versions
 from embeddings_cache.system import read_json, sha256, whole_file, write_json
 from students import InputError, load_student
@@ -33,7 +34,8 @@ def report(recipe: Recipe, accelerator: Accelerator) -> bool:
     """
     run_dir = Path(recipe.run_dir)
     evaluation, manifest = run_dir / "evaluation.json", run_dir / "export" / "manifest.json"
-    if not evaluation.exists() or read_json(evaluation)["made_from"] != as_stored(evaluation_inputs(recipe)):
+    scores = read_section(evaluation, "masks")
+    if scores is None or scores["made_from"] != as_stored(evaluation_inputs(recipe)):
         raise InputError(f"{evaluation} is missing, or of another student or setting: run stage=evaluate first")
     sources = (evaluation, run_dir / "metrics.jsonl", manifest, run_dir / "benchmark.json")
     times = {
@@ -43,8 +45,8 @@ def report(recipe: Recipe, accelerator: Accelerator) -> bool:
     result = run_dir / "report" / "report.json"
     worked = not is_current(result, inputs, accelerator)
     if worked and accelerator.is_main_process:
-        content = {**collect(recipe, read_json(evaluation), manifest), "seconds_by_stage": times}
-        cases = draw_cases(recipe, read_json(evaluation)["student_teacher_miou_by_image"], accelerator.device)
+        content = {**collect(recipe, scores, manifest), "seconds_by_stage": times}
+        cases = draw_cases(recipe, scores["student_teacher_miou_by_image"], accelerator.device)
         with whole_file(result.parent / "masks.png") as temporary:
             masks_figure(cases).savefig(temporary, format="png", dpi=110, bbox_inches="tight")
         with whole_file(result.parent / "index.html") as temporary:
@@ -76,6 +78,11 @@ def collect(recipe: Recipe, scores: dict[str, Any], manifest: Path) -> dict[str,
         "machine": platform.platform(),
         "curves": {name: [[line["step"], line[name]] for line in lines if name in line] for name in CURVES},
         "evaluation": {name: scores[name] for name in ("images", "embedding", "miou")},
+        "tasks": {
+            name: {key: section[key] for key in ("unit", "columns", "results")}
+            for name in TASKS
+            if name != "masks" and (section := read_section(run_dir / "evaluation.json", name))
+        },
         "size_limits_px": {size: [low, high if high < float("inf") else None] for size, (low, high) in SIZES.items()},
         "export": exported["files"],
         "benchmark": measured.get("students") if isinstance(measured, dict) else None,

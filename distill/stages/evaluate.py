@@ -5,16 +5,17 @@ from collections.abc import Collection
 from accelerate import Accelerator
 
 from distill.evaluate.masks import evaluate_masks
+from distill.evaluate.suite import check_task, evaluate_task
 from distill.needs import need_decoder, need_images, need_student
 from distill.recipe import Recipe
-
-EVALUATIONS = {"masks": evaluate_masks}
-"""By `evaluate.task`, one of `schema.TASKS`."""
 
 
 def check(recipe: Recipe, before: Collection[str]) -> None:
     """A student, a teacher with a decoder, and the images of `evaluate.data`."""
     need_decoder(recipe)
+    if recipe.evaluate.task != "masks":
+        check_task(recipe)
+        return
     need_student(recipe, before)
     if recipe.evaluate.data is not None:
         need_images(recipe.evaluate.data, 1.0)
@@ -22,4 +23,5 @@ def check(recipe: Recipe, before: Collection[str]) -> None:
 
 def run(recipe: Recipe, accelerator: Accelerator) -> bool:
     """Do the recipe's task; returns False where its result was there."""
-    return EVALUATIONS[recipe.evaluate.task](recipe, accelerator)
+    evaluate = evaluate_masks if recipe.evaluate.task == "masks" else evaluate_task
+    return evaluate(recipe, accelerator)

@@ -86,7 +86,7 @@ def test_two_processes_share_the_work(tmp_path: Path, finished_run: Path, scene_
     assert len(held_out) == 17
     assert held_out[-1] < 0.7 * held_out[0]
     assert len([line for line in lines if "val_miou_box" in line]) == 17
-    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())["masks"]
     assert evaluation["images"] == 5
     assert evaluation["embedding"]["mse"] == pytest.approx(held_out[-1], rel=1e-4)
     assert (tmp_path / "run" / "export" / "encoder.onnx").exists()
@@ -148,7 +148,7 @@ def test_photographs_without_annotations_go_all_the_way(tmp_path: Path, scene_ta
         annotation.unlink()
     result = cli(*TINY, *places(tmp_path, photos), "evaluate.grid=3")
     assert result.returncode == 0, result.stderr
-    content = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    content = json.loads((tmp_path / "run" / "evaluation.json").read_text())["masks"]
     assert content["miou"]["point"]["all"]["masks"] == 4 * 9
     page = (tmp_path / "run" / "report" / "index.html").read_text()
     assert "prompted by point" in page

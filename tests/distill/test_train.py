@@ -165,7 +165,7 @@ def test_masks_are_watched_as_evaluate_measures_them(recipe: Recipe, accelerator
     recipe.evaluate = replace(recipe.evaluate, masks_per_image=3)
     train(recipe, accelerator)
     evaluate_masks(recipe, accelerator)
-    measured = json.loads((Path(recipe.run_dir) / "evaluation.json").read_text())["miou"]
+    measured = json.loads((Path(recipe.run_dir) / "evaluation.json").read_text())["masks"]["miou"]
     last = metrics(recipe.run_dir)[-1]
     for prompt in ("point", "box"):
         assert last[f"val_miou_{prompt}"] == pytest.approx(measured[prompt]["all"]["student_teacher"], abs=1e-4)

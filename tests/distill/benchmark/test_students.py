@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_student(run / "student.safetensors", create_student("repvit_m1", SIZE), {})
     means = {prompt: {"all": {"student_teacher": score}} for prompt, score in (("point", 0.7), ("box", 0.9))}
     made_from = {"student_sha256": sha256(run / "student.safetensors")}
-    (run / "evaluation.json").write_text(json.dumps({"miou": means, "made_from": made_from}))
+    (run / "evaluation.json").write_text(json.dumps({"masks": {"miou": means, "made_from": made_from}}))
     (folder / "garbage.onnx").write_bytes(b"<html>404</html>")
     (folder / "a=b, c").mkdir()
     (folder / "a=b, c" / "decoder.onnx").write_bytes(b"<html>404</html>")

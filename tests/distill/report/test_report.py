@@ -76,7 +76,7 @@ def test_the_json_says_what_was_run_and_what_came_of_it(recipe: Recipe) -> None:
     assert content["settings"]["train"]["batch_size"] == recipe.train.batch_size
     assert content["teacher"]["name"] == "toy"
     assert content["software"]["torch"]
-    assert content["evaluation"]["miou"] == json.loads((run / "evaluation.json").read_text())["miou"]
+    assert content["evaluation"]["miou"] == json.loads((run / "evaluation.json").read_text())["masks"]["miou"]
     assert content["export"] == json.loads((run / "export" / "manifest.json").read_text())["files"]
     assert set(content["seconds_by_stage"]) == {"precompute", "train", "evaluate", "export"}
     assert all(seconds > 0 for seconds in content["seconds_by_stage"].values())

@@ -1,0 +1,95 @@
+"""Who is evaluated: the run's student, a checkpoint, or several side by side, the teacher among them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from segment_anything.modeling import Sam
+
+from distill.recipe import Recipe
+from distill.run import chosen_students
+from distill.schema import TEACHER
+from embeddings_cache.system import sha256
+from embeddings_cache.teacher import inspect_teacher, load_teacher
+from students import InputError, build_student_sam, is_our_student, load_student, require_decoder, weight_files
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A name for tables, and the checkpoint; None is the recipe's teacher."""
+
+    name: str
+    path: Path | None
+
+    def inputs(self, recipe: Recipe) -> dict[str, Any]:
+        """What this one's results depend on."""
+        teacher = {"teacher": recipe.teacher.name, "teacher_sha256": digest_of(recipe.teacher.checkpoint)}
+        if self.path is None:
+            return {**teacher, "dtype": recipe.teacher.dtype, "image_size": recipe.image_size}
+        return {"sha256": digest_of(self.path), **(teacher if needs_decoder(self.path) else {})}
+
+
+def contestants_of(recipe: Recipe) -> list[Contestant]:
+    """Whom `checkpoint` names, under names of which no two are alike.
+
+    Raises:
+        InputError: one of them is not there.
+    """
+    chosen = chosen_students(recipe)
+    taken: dict[str, int] = {}
+    named = []
+    for path in chosen:
+        name = TEACHER if path is None else path.parent.resolve().name if path.stem == "student" else path.stem
+        taken[name] = taken.get(name, 0) + 1
+        named.append(Contestant(name if taken[name] == 1 else f"{name} ({taken[name]})", path))
+    return named
+
+
+def needs_decoder(path: Path) -> bool:
+    """Whether a checkpoint holds an encoder alone, and is evaluated with the teacher's decoder."""
+    return is_our_student(path) or not inspect_teacher(path).has_decoder
+
+
+def load_contestant(contestant: Contestant, recipe: Recipe, teacher: Sam) -> Sam:
+    """A whole SAM: a student of ours in the teacher's, a published one with the decoder that it brings.
+
+    Raises:
+        InputError: it cannot be had, or does not fit the teacher's decoder.
+    """
+    path = contestant.path
+    if path is None:
+        return teacher
+    if not is_our_student(path):
+        found = inspect_teacher(path)
+        sam = load_teacher(found.name, str(path), found.image_size)
+        if found.has_decoder:
+            return sam
+        encoder, size, channels = sam.image_encoder, found.image_size, teacher.prompt_encoder.embed_dim
+    else:
+        encoder = load_student(path)
+        size, channels = encoder.img_size, encoder.config.embed_dim
+    expected = (teacher.prompt_encoder.input_image_size[0], teacher.prompt_encoder.embed_dim)
+    if (size, channels) != expected:
+        raise InputError(
+            f"{path} makes {channels} channels of {size} px images; "
+            f"the teacher's decoder takes {expected[1]} channels of {expected[0]} px"
+        )
+    return build_student_sam(encoder, teacher)
+
+
+def load_decoder(recipe: Recipe, device: torch.device) -> Sam:
+    """The recipe's teacher, which has a decoder.
+
+    Raises:
+        InputError: it has none, or cannot be had.
+    """
+    teacher = load_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size).to(device)
+    require_decoder(teacher)
+    return teacher
+
+
+def digest_of(checkpoint: str | Path | None) -> str | list[str] | None:
+    """SHA-256 of a checkpoint's file, or of each; None where there is none, and weights are the package's."""
+    digests = [sha256(file) for file in weight_files(checkpoint)] if checkpoint else []
+    return digests if len(digests) > 1 else next(iter(digests), None)
