@@ -10,12 +10,15 @@ from omegaconf import OmegaConf
 
 from distill.schema import (
     BATCH_NORMS,
+    BOX_MASKS,
+    BOX_SCORES,
     FORMATS,
     INPUTS,
     LOSSES,
     MASK_TARGETS,
     ON_REQUEST,
     ONE_OR_MORE,
+    PRESETS,
     STAGES,
     TASKS,
     Recipe,
@@ -26,7 +29,7 @@ from embeddings_cache.shards import DTYPES
 from embeddings_cache.teacher import TEACHER_DTYPES, known_teachers
 from students import DOWNSAMPLES, NECKS, InputError, is_known, list_students
 
-CHOICES: dict[str, Callable[[], Sequence[str]]] = {
+CHOICES: dict[str, Callable[[], Sequence[str | None]]] = {
     "stage": lambda: ("all", *STAGES, *ON_REQUEST),
     "student.downsample": lambda: DOWNSAMPLES,
     "student.neck": lambda: NECKS,
@@ -38,6 +41,9 @@ CHOICES: dict[str, Callable[[], Sequence[str]]] = {
     "train.batch_norm": lambda: BATCH_NORMS,
     "train.mask_targets": lambda: MASK_TARGETS,
     "evaluate.task": lambda: TASKS,
+    "evaluate.preset": lambda: (*PRESETS,),
+    "evaluate.masks": lambda: (None, *BOX_MASKS),
+    "evaluate.score": lambda: (None, *BOX_SCORES),
     "export.input": lambda: INPUTS,
 }
 CHOICES_OF_EACH: dict[str, Callable[[], Sequence[str]]] = {
@@ -49,14 +55,14 @@ AT_LEAST_ONE = (
     "student.neck_expand", "teacher.batch_size", "data.val_images", "data.max_pixels", "cache.images_per_shard",
     "train.batch_size", "train.accumulate", "train.lr_per", "train.mask_prompts", "train.checkpoint_every",
     "train.keep_checkpoints", "train.log_every", "evaluate.masks_per_image", "evaluate.grid", "evaluate.limit",
-    "evaluate.thresholds", "export.images",
+    "evaluate.max_dets", "evaluate.thresholds", "export.images",
     "export.calibration_images", "predict.points_per_side",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "student.neck_depth", "data.workers", "data.max_skipped", "train.epochs", "train.weight_decay",
     "train.lr_end", "train.warmup_steps", "train.warmup_epochs", "train.mask_points", "train.workers",
     "train.mask_rounds", "train.ema", "train.checkpoint_minutes",
-    "train.stop_above", "train.watch_images", "verify.recompute",
+    "train.stop_above", "train.watch_images", "evaluate.rounds", "verify.recompute",
 )  # fmt: skip
 POSITIVE = ("data.fraction", "train.lr", "train.clip_norm", "train.huber_delta")
 AT_MOST_ONE = ("data.fraction", "train.mask_points")
@@ -80,7 +86,7 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
     for key, choices in CHOICES.items():
         for shown, value in said(key):
             if value not in choices():
-                refuse(shown, value, " is not known" + nearest(value, choices()))
+                refuse(shown, value, " is not known" + nearest(value, filter(None, choices())))
     if not is_known(recipe.student.name):
         refuse("student.name", recipe.student.name, " is not known" + nearest(recipe.student.name, list_students()))
     for key, known in CHOICES_OF_EACH.items():
@@ -134,6 +140,8 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
         listed = value if isinstance(value, Sequence) and not isinstance(value, str) else [value or ""]
         if not listed or not all(isinstance(each, str) for each in listed):
             refuse(key, value, " is neither text nor a list of texts")
+    if recipe.stage != "evaluate" and isinstance(recipe.checkpoint, list):
+        refuse("checkpoint", recipe.checkpoint, f": stage={recipe.stage} takes one; stage=evaluate compares several")
     if recipe.evaluate.task != "masks":
         if recipe.stage not in ("evaluate", *ON_REQUEST):
             refuse("evaluate.task", recipe.evaluate.task, " goes with stage=evaluate")

@@ -10,8 +10,8 @@ from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
+from distill.evaluate.everything import BoundedMaskGenerator
 from distill.evaluate.masks import load_sams
-from distill.mask_generator import BoundedMaskGenerator
 from distill.pictures import draw_prompts, paint
 from distill.reading import reading_of
 from distill.recipe import Recipe

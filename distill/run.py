@@ -77,10 +77,10 @@ def chosen_student(recipe: Recipe) -> Path:
         InputError: it is not there, or several are named.
     """
     if isinstance(recipe.checkpoint, list):
-        raise InputError(f"checkpoint={recipe.checkpoint}: several are for stage=evaluate, and not for every task")
+        raise InputError(f"checkpoint={recipe.checkpoint}: evaluate.task=masks takes one")
     (path,) = chosen_students(recipe)
     if path is None:
-        raise InputError(f"checkpoint={TEACHER}: the teacher takes part in stage=evaluate alone, and not in every task")
+        raise InputError(f"checkpoint={TEACHER}: evaluate.task=masks and other stages take a student")
     return path
 
 

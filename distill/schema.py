@@ -24,8 +24,18 @@ LOSSES = ("mse", "l1", "huber", "cosine", *MASK_LOSSES)
 MASK_TARGETS = ("soft", "binary")
 """What the teacher's masks are to a student: probabilities, or what is more than ½ of them."""
 
-TASKS = ("masks", "edges", "instances", "wild", "saliency", "anomaly", "video")
+TASKS = ("masks", "prompts", "edges", "instances", "wild", "saliency", "anomaly", "video")
 """What `evaluate.task` names: a module in `evaluate/` each."""
+
+PRESETS = {
+    "hdetr": ("single", "times_iou", 300),
+    "vitdet": ("best", "detector", None),
+    "everything": ("best", "predicted_iou", 100),
+}
+"""What `evaluate.preset` stands for: `evaluate.masks`, `evaluate.score` and `evaluate.max_dets`."""
+
+BOX_MASKS, BOX_SCORES = ("single", "best"), ("detector", "times_iou")
+"""What `evaluate.masks` and `evaluate.score` name."""
 
 TEACHER = "teacher"
 """What stands for the recipe's teacher among the checkpoints that are evaluated."""
@@ -58,7 +68,7 @@ ONE_OR_MORE = (*IMAGES, "checkpoint")
 
 PATHS = (
     *IMAGES, "data.annotations", "run_dir", "checkpoint", "image", "cache.dir", "teacher.checkpoint",
-    "student.pretrained", "student.start",
+    "evaluate.boxes", "evaluate.tracks", "student.pretrained", "student.start",
 )  # fmt: skip
 """Keys that name files or folders, in which `~` is the home directory."""
 
@@ -180,6 +190,14 @@ class EvaluateRecipe:
     masks_per_image: int = 64  # prompts an image at most, the first of its annotation
     grid: int = 8  # images without annotations are prompted with grid x grid points
     limit: int | None = None  # tasks other than masks: the first so many images alone, for a first look
+    boxes: str | None = None  # instances, wild, anomaly: a detector's boxes, a results file (wild: a folder of them)
+    preset: str = "hdetr"  # instances: whose protocol, hdetr (RepViT-SAM's), vitdet (EfficientViT-SAM's) or everything
+    masks: str | None = None  # instead of the preset's: single, a mask a box, or best, of three by predicted IoU
+    score: str | None = None  # likewise: detector, its own, or times_iou, by the predicted IoU
+    refine: bool = False  # instances: once more with the mask and its box (SAM's appendix D.4)
+    max_dets: int | None = None  # likewise: boxes an image that are segmented
+    tracks: str | None = None  # video: a folder of point tracks, SEQUENCE.npz; default: tracks/ of the data, if any
+    rounds: int = 12  # video: refinements of a mask
     thresholds: int = 99  # edges: at so many the map is compared with people's boundaries
 
 

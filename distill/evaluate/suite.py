@@ -203,7 +203,7 @@ def as_table(section: dict[str, Any]) -> str:
         line += f"   {numbers[unit]} {unit}"
         if skipped := numbers["skipped"]:
             line += f", {len(skipped)} skipped: {commonest([*skipped.items()])}"
-        lines.append(line)
+        lines.append(line + (f"; {numbers['note']}" if "note" in numbers else ""))
         if shared and name != TEACHER:
             shares = numbers["of_the_teachers"]
             told = [f"{shares[column]:.1%}" if column in shares else "–" for column in columns]

@@ -14,7 +14,7 @@ from embeddings_cache.images.preprocessing import (
     resized_shape,
     to_encoder_input,
 )
-from embeddings_cache.images.rle import decode_rle, encode_rle
+from embeddings_cache.images.rle import check_rle, decode_rle, encode_rle
 from embeddings_cache.images.samples import Account, Bad, Decoder, Encoded, Sample, read_images, read_with
 from embeddings_cache.images.scenes import generate_scene, sa1b_annotation, scene_count, write_scene_tars
 from embeddings_cache.images.skipped import Skipped, SkippedSamples, commonest, gather_notes, read_notes
@@ -40,6 +40,7 @@ __all__ = [
     "assign_sources",
     "bounding_box",
     "center_point",
+    "check_rle",
     "commonest",
     "decode_image",
     "decode_masks",

@@ -6,12 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+from segment_anything import SamPredictor
 
-from distill import mask_generator
 from distill.launch import create_accelerator
 from distill.main import main
-from distill.mask_generator import BoundedMaskGenerator
 from distill.predict import Prediction, everything, write_prediction
 from distill.recipe import load_recipe
 from distill.run import claim_run_dir
@@ -96,28 +94,6 @@ def test_without_prompts_everything_is_segmented(photo: Path) -> None:
     truth = generate_scene(np.random.default_rng(5), 300)[1]
     best = [max((m & e.mask).sum() / (m | e.mask).sum() for e in found) for m in truth]
     assert np.median(best) > 0.7
-
-
-@pytest.mark.parametrize(
-    ("settings", "masks"),
-    [
-        ({}, range(2, 100)),
-        ({"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "points_per_side": 6}, range(10, 1000)),
-        ({"crop_n_layers": 1, "points_per_side": 8}, range(2, 100)),
-        ({"pred_iou_thresh": 1.5}, range(1)),
-    ],
-)
-def test_everything_is_what_segment_anything_finds(
-    settings: dict[str, float], masks: range, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To the bit, however few masks are enlarged at once."""
-    image, sam = generate_scene(np.random.default_rng(5), 300)[0], load_teacher("toy", None, 256)
-    options = {"points_per_side": 16, "output_mode": "coco_rle", **settings}
-    expected = SamAutomaticMaskGenerator(sam, **options).generate(image)
-    assert len(expected) in masks
-    assert BoundedMaskGenerator(sam, **options).generate(image) == expected
-    monkeypatch.setattr(mask_generator, "AT_ONCE", 1)
-    assert BoundedMaskGenerator(sam, **options).generate(image) == expected
 
 
 MEASURED = """

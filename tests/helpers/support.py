@@ -23,6 +23,8 @@ TINY = (
 """A recipe that runs every stage in seconds; `data.images`, `run_dir` and `cache.dir` are still to be given."""
 
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+Layout = Callable[..., Path]
+"""Writes a data set as it is officially laid out, and says where."""
 
 
 def places(directory: Path, images: Path | str) -> tuple[str, str, str]:

@@ -1,10 +1,10 @@
-"""Everything in a photograph of any size: segment-anything's own mask generator, in bounded memory."""
+"""Everything in a photograph of any size, by any SAM: segment-anything's own mask generator, in bounded memory."""
 
 from typing import Any
 
 import numpy as np
 import torch
-from segment_anything import SamAutomaticMaskGenerator
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from segment_anything.utils.amg import (
     MaskData,
     batched_mask_to_box,
@@ -14,8 +14,41 @@ from segment_anything.utils.amg import (
     uncrop_masks,
 )
 
-AT_ONCE = 2**26
-"""Pixels of masks in the photograph's size that exist at once, 4 bytes each and as many again while they are judged."""
+from distill.evaluate.decoding import PIXELS_AT_ONCE, Segmenter
+
+
+def everything(segmenter: Segmenter, image: np.ndarray, **settings: Any) -> list[dict[str, Any]]:
+    """All masks of a photograph that segment-anything's generator keeps.
+
+    Args:
+        segmenter: a SAM, which is to encode the photograph at its precision.
+        image: RGB uint8 (H, W, 3).
+        settings: what is to be other than segment-anything's defaults; see `SamAutomaticMaskGenerator`.
+
+    Returns:
+        Its records with COCO RLEs, and unless there are crops those with the highest predicted IoU first. Of a ViT at
+        float32 they are its own to the bit; a student's norms are folded, which rounds otherwise.
+
+    Raises:
+        InputError: the photograph is too elongated.
+    """
+    generator = BoundedMaskGenerator(segmenter.sam, **settings, output_mode="coco_rle")
+    generator.predictor = SegmentersPredictor(segmenter)
+    return generator.generate(image)
+
+
+class SegmentersPredictor(SamPredictor):
+    """A predictor whose embeddings are a segmenter's, and not of `sam.image_encoder` as it is."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        super().__init__(segmenter.sam)
+        self.segmenter = segmenter
+
+    def set_image(self, image: np.ndarray) -> None:
+        """Encode RGB uint8 (H, W, 3), a photograph or a crop of one."""
+        seen = self.segmenter.look(image)
+        self.features, self.original_size, self.input_size = seen.embedding, seen.original_size, seen.input_size
+        self.is_image_set = True
 
 
 class BoundedMaskGenerator(SamAutomaticMaskGenerator):
@@ -40,7 +73,7 @@ class BoundedMaskGenerator(SamAutomaticMaskGenerator):
             data.filter(data["iou_preds"] > self.pred_iou_thresh)
         parts = MaskData()
         # On its way to the photograph's size a mask has the encoder's.
-        count = max(1, AT_ONCE // max(im_size[0] * im_size[1], self.predictor.model.image_encoder.img_size**2))
+        count = max(1, PIXELS_AT_ONCE // max(im_size[0] * im_size[1], self.predictor.model.image_encoder.img_size**2))
         places = torch.arange(len(data["low_res"]))
         for some in places.split(count) if len(places) else (places,):
             part = MaskData(**{name: values[some.to(values.device)] for name, values in data.items()})
