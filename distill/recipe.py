@@ -128,8 +128,8 @@ def saved_recipe(saved: Path) -> Recipe:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe, for all stages, as YAML that `recipe=PATH` takes: without what one command alone was about, a
-    photograph, or a zero-shot task and its contestants."""
+    """The resolved recipe, for all stages, as YAML that `recipe=PATH` takes: without what one command alone was about,
+    a photograph, or a zero-shot task and its contestants."""
     whole = replace(recipe, stage="all", image=None, point=None, box=None)
     if recipe.evaluate.task != "masks":
         usual = replace(recipe.evaluate, task="masks", data=None, limit=None, boxes=None, tracks=None)

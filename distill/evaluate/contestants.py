@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from segment_anything.modeling import Sam
+from torch import nn
 
 from distill.recipe import Recipe
 from distill.run import chosen_students
@@ -65,17 +66,20 @@ def load_contestant(contestant: Contestant, recipe: Recipe, teacher: Sam) -> Sam
         sam = load_teacher(found.name, str(path), found.image_size)
         if found.has_decoder:
             return sam
-        encoder, size, channels = sam.image_encoder, found.image_size, teacher.prompt_encoder.embed_dim
-    else:
-        encoder = load_student(path)
-        size, channels = encoder.img_size, encoder.config.embed_dim
-    expected = (teacher.prompt_encoder.input_image_size[0], teacher.prompt_encoder.embed_dim)
-    if (size, channels) != expected:
-        raise InputError(
-            f"{path} makes {channels} channels of {size} px images; "
-            f"the teacher's decoder takes {expected[1]} channels of {expected[0]} px"
-        )
-    return build_student_sam(encoder, teacher)
+        return complete(sam.image_encoder, path, teacher)
+    return complete(load_student(path), path, teacher)
+
+
+def complete(encoder: nn.Module, path: Path, teacher: Sam) -> Sam:
+    """An encoder with the teacher's prompt encoder and decoder.
+
+    Raises:
+        InputError: it is for images of another size, or makes other channels; names the file that it is from.
+    """
+    try:
+        return build_student_sam(encoder, teacher)
+    except ValueError as error:
+        raise InputError(f"{path} does not fit the teacher's decoder: {error}") from error
 
 
 def load_decoder(recipe: Recipe, device: torch.device) -> Sam:

@@ -1,6 +1,6 @@
 """Prompts → masks of any SAM, in passes of bounded memory; and a SAM that has looked at a photograph."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,6 +127,20 @@ def best_of(low_res: torch.Tensor, predicted_iou: torch.Tensor) -> tuple[torch.T
     best = predicted_iou.argmax(dim=1)
     places = torch.arange(len(best), device=best.device)
     return low_res[places, best], predicted_iou[places, best]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A photograph, and the file of what people have marked in it: an item of some tasks."""
+
+    key: str
+    image: Path
+    truth: Path
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Both."""
+        return self.image, self.truth
 
 
 def read_photograph(path: Path, reading: Reading) -> np.ndarray:

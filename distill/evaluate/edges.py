@@ -11,8 +11,7 @@ The paper says no more: how the mask's boundary and the NMS of edges are meant i
 .786 / .794 / .928 of the paper. Nobody outside Meta has reproduced these: compare ratios to the teacher.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from segment_anything.utils.amg import batched_mask_to_box, build_point_grid
 from torchvision.ops import nms
 
 from distill.evaluate.boundaries import Counts, count_boundaries, summarize_counts, suppress_non_maxima, thresholds_of
-from distill.evaluate.decoding import Seen, Segmenter, read_photograph
+from distill.evaluate.decoding import Paired, Seen, Segmenter, read_photograph
 from distill.reading import reading_of
 from distill.recipe import Recipe
 from embeddings_cache.system import whole_file
@@ -40,26 +39,12 @@ LAYOUTS = ("", "data", "BSDS500/data", "BSR/BSDS500/data")
 PICTURES = (".jpg", ".jpeg", ".png")
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A photograph, and the file of what people have drawn on it."""
-
-    key: str
-    image: Path
-    truth: Path
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """Both."""
-        return self.image, self.truth
-
-
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Edge maps depend on nothing that a recipe says, what is counted in them on the thresholds."""
     return {"thresholds": recipe.evaluate.thresholds}
 
 
-def find(recipe: Recipe) -> list[Drawn]:
+def find(recipe: Recipe) -> list[Paired]:
     """The test images of BSDS500, by name; where there is no `test` folder, those of `images/` and `groundTruth/`.
 
     Raises:
@@ -71,7 +56,7 @@ def find(recipe: Recipe) -> list[Drawn]:
             images, truths = root / layout / "images" / split, root / layout / "groundTruth" / split
             found = sorted(path for path in images.glob("*") if path.suffix.lower() in PICTURES)
             if truths.is_dir() and found:
-                items = [Drawn(path.stem, path, truths / f"{path.stem}.mat") for path in found]
+                items = [Paired(path.stem, path, truths / f"{path.stem}.mat") for path in found]
                 if missing := [item.key for item in items if not item.truth.exists()]:
                     raise InputError(f"{truths} has no {missing[0]}.mat, nor of {len(missing) - 1} other images")
                 return items
@@ -81,7 +66,7 @@ def find(recipe: Recipe) -> list[Drawn]:
     )
 
 
-def measure(item: Drawn, segmenter: Segmenter, recipe: Recipe, pictures: Path) -> dict[str, Any]:
+def measure(item: Paired, segmenter: Segmenter, recipe: Recipe, pictures: Path) -> dict[str, Any]:
     """Pixels at each threshold, see `Counts`; the edge map goes to `pictures`."""
     image, truths = read_photograph(item.image, reading_of(recipe)), read_boundaries(item.truth)
     if {truth.shape for truth in truths} != {image.shape[:2]}:

@@ -21,8 +21,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from segment_anything.modeling import Sam
 from segment_anything.utils.amg import build_point_grid
-from segment_anything.utils.transforms import ResizeLongestSide
 
+from distill.evaluate.contestants import complete, digest_of, load_decoder
+from distill.evaluate.decoding import Seen, best_of
 from distill.losses import embedding_errors
 from distill.reading import reading_of
 from distill.recipe import Recipe
@@ -45,12 +46,9 @@ from embeddings_cache.images import (
 from embeddings_cache.precompute import THREADS
 from embeddings_cache.shards import CacheIdentity, CacheRow, read_info, refuse_other_cache
 from embeddings_cache.system import Workers, progress_bar, sha256
-from embeddings_cache.teacher import TeacherEncoder, load_teacher, weights_sha256
-from students import InputError, build_student_sam, first_line, load_student, require_decoder, weight_files
+from embeddings_cache.teacher import TeacherEncoder, weights_sha256
+from students import InputError, first_line, load_student
 
-PROMPTS_A_PASS = 32
-PIXELS_AT_ONCE = 2**26
-"""Of masks at the size of their photograph: 256 MiB of float32, and as much again while they are compared."""
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
 """Area in pixels of the original image; COCO's ranges (pycocotools.cocoeval.Params)."""
 
@@ -132,9 +130,7 @@ def evaluation_inputs(recipe: Recipe) -> dict[str, Any]:
     if recipe.evaluate.data is None:
         info = read_info(Path(recipe.cache.dir))
         return {**inputs, "val_images": recipe.data.val_images, "cache": info and info.identity.as_json()}
-    checkpoint = recipe.teacher.checkpoint
-    digests = [sha256(file) for file in weight_files(checkpoint)] if checkpoint else [None]
-    digest = digests[0] if len(digests) == 1 else digests
+    digest = digest_of(recipe.teacher.checkpoint)
     teacher = {"name": recipe.teacher.name, "dtype": recipe.teacher.dtype, "file_sha256": digest}
     inputs |= {"sixteen_bit": recipe.data.sixteen_bit} if recipe.data.sixteen_bit != "upper" else {}
     return {**inputs, "teacher": teacher, "image_size": recipe.image_size, "jpeg_quality": recipe.cache.jpeg_quality}
@@ -147,14 +143,8 @@ def load_sams(recipe: Recipe, device: torch.device) -> tuple[Sam, Sam]:
         InputError: one of them cannot be had, or they do not fit.
     """
     student = load_student(chosen_student(recipe))
-    teacher = load_teacher(recipe.teacher.name, recipe.teacher.checkpoint, recipe.image_size).to(device)
-    require_decoder(teacher)
-    if (student.img_size, student.config.embed_dim) != (recipe.image_size, teacher.prompt_encoder.embed_dim):
-        raise InputError(
-            f"{chosen_student(recipe)} makes {student.config.embed_dim} channels of {student.img_size} px images; "
-            f"the teacher's decoder takes {teacher.prompt_encoder.embed_dim} channels of {recipe.image_size} px"
-        )
-    return teacher, build_student_sam(student, teacher)
+    teacher = load_decoder(recipe, device)
+    return teacher, complete(student, chosen_student(recipe), teacher)
 
 
 def evaluation_rows(
@@ -282,31 +272,12 @@ def predict_slices(
     Yields:
         Boolean (n, H, W) at the original size, on the device; so many that their pixels stay below `PIXELS_AT_ONCE`.
     """
-    height, width = row.original_size
-    at_once = max(1, PIXELS_AT_ONCE // (height * width))
-    transform = ResizeLongestSide(sam.image_encoder.img_size)
-    prompts = transform.apply_coords(points, row.original_size) if points is not None else None
-    if boxes is not None:
-        prompts = transform.apply_boxes(boxes, row.original_size)
-    assert prompts is not None
-    for part in torch.as_tensor(prompts, dtype=torch.float, device=sam.device).split(PROMPTS_A_PASS):
-        ones = torch.ones(len(part), 1, dtype=torch.int, device=sam.device)
-        sparse, dense = sam.prompt_encoder(
-            points=(part[:, None], ones) if points is not None else None,
-            boxes=part if boxes is not None else None,
-            masks=None,
-        )
-        low_res, predicted_iou = sam.mask_decoder(
-            image_embeddings=embedding,
-            image_pe=sam.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=points is not None,
-        )
-        best = predicted_iou.argmax(dim=1)
-        low_res = low_res[torch.arange(len(best), device=best.device), best][:, None]
-        for few in low_res.split(at_once):
-            yield sam.postprocess_masks(few, row.input_size, row.original_size)[:, 0] > sam.mask_threshold
+    seen = Seen(sam, embedding, row.original_size, row.input_size)
+    asked = points[:, None] if points is not None else None
+    for decoded in seen.decode(points=asked, boxes=boxes, multimask=points is not None):
+        low_res, _ = best_of(*decoded)
+        for logits in seen.enlarge(low_res):
+            yield logits > sam.mask_threshold
 
 
 def mask_iou(a: np.ndarray, b: np.ndarray) -> float:

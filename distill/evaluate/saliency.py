@@ -9,14 +9,13 @@ Where no mask is kept, the error is 1, the worst there is; `empty` is the share 
 in the truth, every Dice counts as 0, and the mask is the one with the highest predicted IoU.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distill.evaluate.decoding import Segmenter, read_photograph, write_map
+from distill.evaluate.decoding import Paired, Segmenter, read_photograph, write_map
 from distill.evaluate.everything import everything
 from distill.reading import reading_of
 from distill.recipe import Recipe
@@ -31,26 +30,12 @@ SALIENT = 128
 """Above it is the truth."""
 
 
-@dataclass(frozen=True)
-class Marked:
-    """A photograph, and the picture of what is salient in it."""
-
-    key: str
-    image: Path
-    truth: Path
-
-    @property
-    def files(self) -> Sequence[Path]:
-        """Both."""
-        return self.image, self.truth
-
-
 def settings(recipe: Recipe) -> dict[str, Any]:
     """Nothing that a recipe says: segment-anything's defaults are the protocol."""
     return {}
 
 
-def find(recipe: Recipe) -> list[Marked]:
+def find(recipe: Recipe) -> list[Paired]:
     """The images of DUTS-TE, by name.
 
     Raises:
@@ -60,7 +45,7 @@ def find(recipe: Recipe) -> list[Marked]:
     for folder in (root, root / "DUTS-TE"):
         masks = folder / "DUTS-TE-Mask"
         if found := sorted((folder / "DUTS-TE-Image").glob("*.jpg")):
-            items = [Marked(path.stem, path, masks / f"{path.stem}.png") for path in found]
+            items = [Paired(path.stem, path, masks / f"{path.stem}.png") for path in found]
             if missing := [item.truth.name for item in items if not item.truth.exists()]:
                 raise InputError(f"{masks} has no {missing[0]}, nor the masks of {len(missing) - 1} other images")
             return items
@@ -70,7 +55,7 @@ def find(recipe: Recipe) -> list[Marked]:
     )
 
 
-def measure(item: Marked, segmenter: Segmenter, recipe: Recipe, pictures: Path) -> dict[str, Any]:
+def measure(item: Paired, segmenter: Segmenter, recipe: Recipe, pictures: Path) -> dict[str, Any]:
     """The error and the Dice of the best mask, which goes to `pictures`, and how many masks there are."""
     reading = reading_of(recipe)
     image, truth = read_photograph(item.image, reading), read_photograph(item.truth, reading)[..., 0] > SALIENT

@@ -205,7 +205,7 @@ def test_an_annotation_that_cannot_be_decoded_is_named(recipe: Recipe) -> None:
 def test_a_student_that_does_not_fit_the_decoder_is_refused(elsewhere: Recipe, accelerator: Accelerator) -> None:
     elsewhere.image_size = 192
     with pytest.raises(
-        InputError, match=r"makes 128 channels of 128 px images; the teacher's decoder takes 128 .* 192"
+        InputError, match=r"does not fit the teacher's decoder: the encoder works at 128 px, the teacher's prompt encoder at 192 px"
     ):
         evaluate_masks(elsewhere, accelerator)
 
