@@ -54,8 +54,8 @@ CHOICES_OF_EACH: dict[str, Callable[[], Sequence[str]]] = {
 AT_LEAST_ONE = (
     "student.neck_expand", "teacher.batch_size", "data.val_images", "data.max_pixels", "cache.images_per_shard",
     "train.batch_size", "train.accumulate", "train.lr_per", "train.mask_prompts", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.log_every", "evaluate.masks_per_image", "evaluate.grid", "evaluate.limit",
-    "evaluate.max_dets", "evaluate.thresholds", "export.images",
+    "train.keep_checkpoints", "train.log_every", "evaluate.masks_per_image", "evaluate.grid", "evaluate.clicks",
+    "evaluate.limit", "evaluate.max_dets", "evaluate.thresholds", "export.images",
     "export.calibration_images", "predict.points_per_side",
 )  # fmt: skip
 NOT_NEGATIVE = (
@@ -120,6 +120,8 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
     quality = recipe.cache.jpeg_quality
     if quality != "png" and (type(quality) is not int or not 1 <= quality <= 100):
         refuse("cache.jpeg_quality", quality, " is neither 1-100 nor png")
+    if recipe.evaluate.clicks > 5:
+        refuse("evaluate.clicks", recipe.evaluate.clicks, " is more than 5")
     if recipe.train.ema >= 1:
         refuse("train.ema", recipe.train.ema, " is not below 1")
     if 0 < recipe.train.stop_above <= 1:

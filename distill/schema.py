@@ -189,6 +189,7 @@ class EvaluateRecipe:
     data: Any = None  # other images to evaluate on, tars or folders; default: the held-out images of the cache
     masks_per_image: int = 64  # prompts an image at most, the first of its annotation
     grid: int = 8  # images without annotations are prompted with grid x grid points
+    clicks: int = 1  # masks: after so many clicks, up to 5, each of which corrects the mask before
     limit: int | None = None  # tasks other than masks: the first so many images alone, for a first look
     boxes: str | None = None  # instances, wild, anomaly: a detector's boxes, a results file (wild: a folder of them)
     preset: str = "hdetr"  # instances: whose protocol, hdetr (RepViT-SAM's), vitdet (EfficientViT-SAM's) or everything

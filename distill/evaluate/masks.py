@@ -4,7 +4,7 @@ On every image one point and one box a mask: the point as SAM's own evaluation p
 deepest inside the mask), the box as it encloses the mask. A point is ambiguous, so SAM's three masks are asked for
 and the one with the highest predicted IoU is taken, as a user of `SamPredictor` would (arXiv:2304.02643, section 3);
 for a box the single mask is. Images without annotations are prompted with a grid of points, and the student is then
-compared with the teacher alone.
+compared with the teacher alone. `evaluate.clicks=5` adds what each comes to when it is corrected, click by click.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,8 +22,10 @@ from accelerate.utils import gather_object
 from segment_anything.modeling import Sam
 from segment_anything.utils.amg import build_point_grid
 
+from distill.evaluate.clicks import fits_of_clicks
 from distill.evaluate.contestants import complete, digest_of, load_decoder
-from distill.evaluate.decoding import Seen, best_of
+from distill.evaluate.decoding import PROMPTS_A_PASS, Seen, best_of
+from distill.evaluate.ious import mask_areas, mask_ious
 from distill.losses import embedding_errors
 from distill.reading import reading_of
 from distill.recipe import Recipe
@@ -67,12 +69,13 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Score:
-    """IoUs of one prompt; those with the ground truth, and its area in pixels, are None without annotations."""
+    """IoUs of one prompt; those with the ground truth, and its area in pixels, are None without annotations; that of
+    student and teacher is None where each was corrected by clicks of its own."""
 
     key: str
     prompt: str
     area: int | None
-    student_teacher: float
+    student_teacher: float | None
     student_truth: float | None
     teacher_truth: float | None
 
@@ -113,6 +116,7 @@ def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> bool:
             mse, cosine = embedding_errors(*embeddings)
             errors.append((mse.item(), cosine.item()))
             scores += score_image(row, teacher, *embeddings, prompts)
+            scores += score_clicks(row, teacher, *embeddings, prompts, recipe.evaluate.clicks)
     scores, errors = gather_object(scores), gather_object(errors)
     skipped, noted = gather_object(skipped), gather_object(noted)
     if not errors:
@@ -126,7 +130,8 @@ def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> bool:
 
 def evaluation_inputs(recipe: Recipe) -> dict[str, Any]:
     """What an evaluation depends on; stored in it, so that a later run can tell whether it is current."""
-    inputs: dict[str, Any] = {"student_sha256": sha256(chosen_student(recipe)), "evaluate": vars(recipe.evaluate)}
+    settings = {key: getattr(recipe.evaluate, key) for key in ("data", "masks_per_image", "grid", "clicks")}
+    inputs: dict[str, Any] = {"student_sha256": sha256(chosen_student(recipe)), "evaluate": settings}
     if recipe.evaluate.data is None:
         info = read_info(Path(recipe.cache.dir))
         return {**inputs, "val_images": recipe.data.val_images, "cache": info and info.identity.as_json()}
@@ -238,6 +243,26 @@ def score_image(
             yield from (Score(row.key, prompt, *values) for values in measured)
 
 
+def score_clicks(
+    row: CacheRow, decoder: Sam, student: torch.Tensor, teacher: torch.Tensor, prompts: Prompts, clicks: int
+) -> Iterator[Score]:
+    """Scores after two clicks, three and so on, of annotated objects: student and teacher each get the clicks that
+    correct them (`fits_of_clicks`)."""
+    if prompts.masks is None:
+        return
+    for start in range(0, len(prompts.masks) if clicks > 1 else 0, PROMPTS_A_PASS):
+        truths = prompts.masks[start : start + PROMPTS_A_PASS]
+        areas = mask_areas(torch.from_numpy(truths))
+        ours, theirs = (
+            fits_of_clicks(Seen(decoder, embedding, row.original_size, row.input_size), truths, clicks)
+            for embedding in (student, teacher)
+        )
+        for number, measured in enumerate(zip(ours, theirs, strict=True), start=1):
+            if number > 1:  # of one there is a score already
+                for area, own, other in zip(areas, *measured, strict=True):
+                    yield Score(row.key, f"{number} clicks", area, None, own, other)
+
+
 def predict_masks(
     sam: Sam,
     embedding: torch.Tensor,
@@ -280,31 +305,12 @@ def predict_slices(
             yield logits > sam.mask_threshold
 
 
-def mask_iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two boolean masks; 1 where both are empty, since they agree."""
-    (iou,) = mask_ious(torch.from_numpy(a)[None], torch.from_numpy(b)[None])
-    return iou
-
-
-def mask_ious(a: torch.Tensor, b: torch.Tensor) -> list[float]:
-    """`mask_iou` of each pair of boolean masks (N, H, W), counted on the device where they are."""
-    both = mask_areas(a & b)
-    either = mask_areas(a | b)
-    return [shared / union if union else 1.0 for shared, union in zip(both, either, strict=True)]
-
-
-def mask_areas(masks: torch.Tensor) -> list[int]:
-    """Pixels of each of some boolean masks (N, H, W)."""
-    if masks.device.type == "cpu":  # where NumPy takes a twentieth of PyTorch's time
-        return [int(np.count_nonzero(mask)) for mask in masks.numpy()]
-    return masks.flatten(1).sum(1, dtype=torch.int32).tolist()
-
-
 def summarize(scores: list[Score], errors: list[tuple[float, float]]) -> dict[str, Any]:
     """Means over masks by prompt and size, means over images of the embedding's errors, and a score an image."""
     by_image: dict[str, list[float]] = {}
     for score in scores:
-        by_image.setdefault(score.key, []).append(score.student_teacher)
+        if score.student_teacher is not None:
+            by_image.setdefault(score.key, []).append(score.student_teacher)
     return {
         "images": len(errors),
         "embedding": {"mse": fmean(mse for mse, _ in errors), "cosine": fmean(cosine for _, cosine in errors)},

@@ -1,30 +1,25 @@
 """Prompts: boxes and clicks from the annotations of COCO, LVIS or any set in their format, and how well masks fit.
 
 What MobileSAM's, EdgeSAM's, EfficientViT-SAM's and EfficientSAM's papers print: mean IoU over all masks, by the
-annotated box and by one to five clicks. Clicks are SAM's (arXiv:2304.02643, appendix D.1): the first is the pixel
-deepest inside the mask, each that follows the one deepest inside of what is wrong, on the object or beside it; the
-decoder sees all of them and its last logits. After one click the mask is, of three, the one with the highest predicted
-IoU; then, and for a box, the single one. Crowds do not count, nor objects that cover no pixel.
+annotated box and by one to five clicks (`clicks.py`). Crowds do not count, nor objects that cover no pixel.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pycocotools import mask as coco_mask
 
+from distill.evaluate.clicks import MOST_CLICKS, fits_of_boxes, fits_of_clicks
 from distill.evaluate.coco import read_coco
-from distill.evaluate.decoding import PROMPTS_A_PASS, Seen, Segmenter, best_of
+from distill.evaluate.decoding import PROMPTS_A_PASS, Segmenter
 from distill.evaluate.instances import Pictured, photograph_of, pictures_of
-from distill.evaluate.masks import SIZES, mask_ious
+from distill.evaluate.masks import SIZES
 from distill.recipe import Recipe
-from embeddings_cache.images import center_point
 from embeddings_cache.system import sha256
 from students import InputError
 
-CLICKS = 5
 COLUMNS = ("box", "1 click", "2 clicks", "3 clicks", "4 clicks", "5 clicks")
 UNIT = "images"
 
@@ -63,8 +58,8 @@ def measure(item: Pictured, segmenter: Segmenter, recipe: Recipe, pictures: Path
         truths = np.stack([mask for _, mask in some])
         corners = np.array([each["bbox"] for each, _ in some], dtype=float)
         corners[:, 2:] += corners[:, :2]
-        result["box"] += next(fits(seen, truths, boxes=corners))
-        result["clicks"] += [list(ious) for ious in zip(*fits(seen, truths), strict=True)]
+        result["box"] += fits_of_boxes(seen, truths, corners)
+        result["clicks"] += [list(ious) for ious in zip(*fits_of_clicks(seen, truths, MOST_CLICKS), strict=True)]
     return result
 
 
@@ -72,7 +67,7 @@ def summarize(results: Mapping[str, dict[str, Any]], recipe: Recipe) -> dict[str
     """Mean IoUs over all objects, and over those of COCO's sizes."""
     area = np.array([area for result in results.values() for area in result["area"]])
     boxes = np.array([iou for result in results.values() for iou in result["box"]])
-    clicks = np.array([ious for result in results.values() for ious in result["clicks"]]).reshape(-1, CLICKS)
+    clicks = np.array([ious for result in results.values() for ious in result["clicks"]]).reshape(-1, MOST_CLICKS)
     columns = dict(zip(COLUMNS, (boxes, *clicks.T), strict=True))
     sizes = {name: (low <= area) & (area < high) for name, (low, high) in SIZES.items()}
     return {
@@ -84,50 +79,6 @@ def summarize(results: Mapping[str, dict[str, Any]], recipe: Recipe) -> dict[str
             if of.any()
         },
     }
-
-
-@torch.no_grad()
-def fits(seen: Seen, truths: np.ndarray, boxes: np.ndarray | None = None) -> Iterator[list[float]]:
-    """IoUs of N objects' masks with the truth, by a box each; or after one click, after two, and so on.
-
-    Args:
-        truths: boolean (N, H, W), none of them empty.
-        boxes: (N, 4) as (x0, y0, x1, y1) in pixels.
-
-    Yields:
-        N IoUs; once for boxes, `CLICKS` times without.
-    """
-    if boxes is not None:
-        [(low_res, _)] = seen.decode(boxes=boxes)
-        yield mask_ious(_enlarged(seen, low_res[:, 0]), torch.from_numpy(truths))
-        return
-    points = np.array([[center_point(truth)] for truth in truths])
-    labels = np.ones(points.shape[:2])
-    earlier: torch.Tensor | None = None
-    for number in range(CLICKS):
-        [found] = seen.decode(points=points, labels=labels, masks=earlier, multimask=number == 0)
-        earlier, _ = best_of(*found)
-        masks = _enlarged(seen, earlier)
-        yield mask_ious(masks, torch.from_numpy(truths))
-        if number < CLICKS - 1:
-            clicks = [next_click(mask, truth) for mask, truth in zip(masks.numpy(), truths, strict=True)]
-            points = np.concatenate([points, np.array([[(x, y)] for x, y, _ in clicks])], axis=1)
-            labels = np.concatenate([labels, np.array([[label] for *_, label in clicks])], axis=1)
-
-
-def next_click(mask: np.ndarray, truth: np.ndarray) -> tuple[float, float, int]:
-    """(x, y, label) of the pixel deepest inside of where a boolean mask (H, W) is wrong; label −1 is no click, where it
-    is not."""
-    wrong = mask ^ truth
-    if not wrong.any():
-        return 0.0, 0.0, -1
-    x, y = center_point(wrong)
-    return x, y, int(truth[int(y), int(x)])
-
-
-def _enlarged(seen: Seen, low_res: torch.Tensor) -> torch.Tensor:
-    """Low-resolution logits → boolean masks (N, H, W) on the CPU."""
-    return torch.cat([(logits > seen.sam.mask_threshold).cpu() for logits in seen.enlarge(low_res)])
 
 
 def _decode(drawn: Any, size: tuple[int, ...]) -> np.ndarray:

@@ -99,11 +99,12 @@ def summary(recipe: Recipe, content: dict[str, Any]) -> str:
     lines.append(f"  embedding   mse {evaluation['embedding']['mse']:.4f}{start}")
     for prompt, sizes in evaluation["miou"].items():
         means = sizes["all"]
-        line = f"  mIoU {prompt:<6} student with teacher {means['student_teacher']:.3f}"
+        told = [f"student with teacher {means['student_teacher']:.3f}"] if "student_teacher" in means else []
         if "student_truth" in means:
-            line += f"; with the truth: teacher {means['teacher_truth']:.3f}, student {means['student_truth']:.3f}"
-            if means["teacher_truth"]:
-                line += f" ({means['student_truth'] / means['teacher_truth']:.0%} of the teacher's)"
+            told.append(f"with the truth: teacher {means['teacher_truth']:.3f}, student {means['student_truth']:.3f}")
+        line = f"  mIoU {prompt:<8} {'; '.join(told)}"
+        if means.get("teacher_truth"):
+            line += f" ({means['student_truth'] / means['teacher_truth']:.0%} of the teacher's)"
         lines.append(line)
     lines += [f"  {file_line(name, entry)}" for name, entry in content["export"].items()]
     lines.append(f"  report      {Path(recipe.run_dir) / 'report' / 'index.html'}")

@@ -14,6 +14,7 @@ from pycocotools.cocoeval import Params
 from segment_anything import SamPredictor
 
 from distill.evaluate import masks as module
+from distill.evaluate.ious import mask_iou
 from distill.evaluate.masks import (
     SIZES,
     Score,
@@ -21,11 +22,11 @@ from distill.evaluate.masks import (
     evaluate_masks,
     evaluation_rows,
     make_prompts,
-    mask_iou,
     predict_masks,
     summarize,
 )
 from distill.recipe import Recipe, load_recipe
+from distill.report import report
 from embeddings_cache.images.rle import encode_rle
 from embeddings_cache.images.scenes import generate_scene
 from embeddings_cache.teacher.loading import load_teacher
@@ -202,10 +203,30 @@ def test_an_annotation_that_cannot_be_decoded_is_named(recipe: Recipe) -> None:
         make_prompts(replace(row, annotation=broken), recipe.evaluate)
 
 
+def test_clicks_correct_student_and_teacher_each_for_itself(
+    recipe: Recipe, elsewhere: Recipe, accelerator: Accelerator
+) -> None:
+    elsewhere.evaluate = replace(recipe.evaluate, clicks=3)
+    assert evaluate_masks(elsewhere, accelerator)
+    before, content = result(recipe), result(elsewhere)
+    assert list(content["miou"]) == ["point", "box", "2 clicks", "3 clicks"]
+    for same in ("images", "embedding", "student_teacher_miou_by_image"):
+        assert content[same] == before[same]
+    assert {name: content["miou"][name] for name in ("point", "box")} == before["miou"]
+    three, one = content["miou"]["3 clicks"]["all"], content["miou"]["point"]["all"]
+    assert set(three) == {"masks", "student_truth", "teacher_truth"}
+    assert three["masks"] == one["masks"]
+    assert three["teacher_truth"] > one["teacher_truth"]
+    assert report(elsewhere, accelerator)
+    page = (Path(elsewhere.run_dir) / "report" / "index.html").read_text()
+    assert '<td class="name">3 clicks</td>' in page
+
+
 def test_a_student_that_does_not_fit_the_decoder_is_refused(elsewhere: Recipe, accelerator: Accelerator) -> None:
     elsewhere.image_size = 192
     with pytest.raises(
-        InputError, match=r"does not fit the teacher's decoder: the encoder works at 128 px, the teacher's prompt encoder at 192 px"
+        InputError,
+        match=r"fit the teacher's decoder: the encoder works at 128 px, .* at 192 px",
     ):
         evaluate_masks(elsewhere, accelerator)
 

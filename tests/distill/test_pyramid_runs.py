@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from segment_anything import SamPredictor
 
-from distill.evaluate.masks import mask_iou
+from distill.evaluate.ious import mask_iou
 from embeddings_cache.images.scenes import generate_scene
 from embeddings_cache.teacher.loading import load_teacher
 from students import build_student_sam, load_student

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from segment_anything import SamPredictor
 
-from distill.evaluate.masks import mask_iou
+from distill.evaluate.ious import mask_iou
 from distill.export.coreml.conversion import MAX_POINTS
 from distill.export.coreml.origin import Origin
 from distill.export.coreml.program import MilProgram

@@ -11,7 +11,7 @@ import torch
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
-from distill.evaluate.masks import mask_iou
+from distill.evaluate.ious import mask_iou
 from distill.export.decoder import VALUES, PromptDecoder
 from distill.export.onnx.file import OPSET, onnx_model, open_session
 from distill.export.prompts import DECODER_IMAGES, Prompt, difference, place_embedding, points_of, predicted, prompts_of

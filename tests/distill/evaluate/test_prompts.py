@@ -9,9 +9,10 @@ from pycocotools.coco import COCO
 from scipy.ndimage import distance_transform_edt
 from segment_anything import SamPredictor
 
+from distill.evaluate.clicks import next_click
 from distill.evaluate.coco import read_coco
 from distill.evaluate.decoding import Segmenter
-from distill.evaluate.prompts import COLUMNS, find, measure, next_click, summarize
+from distill.evaluate.prompts import COLUMNS, find, measure, summarize
 from distill.recipe import Recipe, load_recipe
 from embeddings_cache.images import encode_rle
 from embeddings_cache.teacher import load_teacher

@@ -13,6 +13,7 @@ from PIL import Image
 
 from distill.recipe import Recipe, load_recipe
 from distill.report.results import report
+from distill.run import write_section
 from students import InputError
 from support import TINY, places
 
@@ -184,6 +185,25 @@ def test_a_student_from_elsewhere_has_not_the_runs_curves(
     assert not any(content_of(recipe)["curves"].values())
     assert content_of(recipe)["benchmark"] is None
     assert "<h2>Training</h2>" not in page_of(recipe).read_text()
+
+
+def test_zero_shot_tasks_have_a_table_each(recipe: Recipe, accelerator: Accelerator) -> None:
+    results = {
+        "run": {"ODS": 0.5, "R50": None, "images": 2, "skipped": {"3": "why"}, "of_the_teachers": {"ODS": 0.8}},
+        "teacher": {"ODS": 0.625, "R50": 0.0, "images": 3, "skipped": {}, "of_the_teachers": {"ODS": 1.0}},
+    }
+    section = {"task": "edges", "unit": "images", "columns": ["ODS", "R50"], "results": results, "made_from": {}}
+    write_section(Path(recipe.run_dir) / "evaluation.json", "edges", section)
+    assert report(recipe, accelerator)
+    assert content_of(recipe)["tasks"]["edges"] == {key: section[key] for key in ("unit", "columns", "results")}
+    table = page_of(recipe).read_text().partition('<table id="edges">')[2].partition("</table>")[0]
+    rows = [re.sub(r"<[^>]+>", " ", row).split() for row in table.split("<tr>")[1:]]
+    assert rows == [
+        ["ODS", "R50", "images"],
+        ["run", "0.5000", "(80.0", "%)", "–", "2,", "1", "skipped"],
+        ["teacher", "0.6250", "0.0000", "3"],
+    ]
+    assert not report(recipe, accelerator)
 
 
 def test_an_image_that_is_gone_is_named(recipe: Recipe, accelerator: Accelerator) -> None:

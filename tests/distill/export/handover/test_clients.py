@@ -21,7 +21,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 from segment_anything.utils.onnx import SamOnnxModel
 
-from distill.evaluate.masks import mask_iou
+from distill.evaluate.ious import mask_iou
 from distill.export.coreml.encoder import PADDING_COLOUR
 from distill.export.files import digest
 from distill.export.handover.readme import snippet, write_readme
