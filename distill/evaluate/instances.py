@@ -9,7 +9,7 @@ ViTDet-H, of three masks the one with the highest predicted IoU, the detector's 
 its column is AR100.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,15 +165,15 @@ def segment_boxes(
 
 
 @torch.no_grad()
-def masks_of(seen: Seen, boxes: np.ndarray, protocol: Protocol) -> list[tuple[np.ndarray, float]]:
-    """For each box (N, 4), (x0, y0, x1, y1) in pixels, its mask, boolean (H, W), and predicted IoU."""
+def masks_of(seen: Seen, boxes: np.ndarray, protocol: Protocol) -> Iterator[tuple[np.ndarray, float]]:
+    """For each box (N, 4), (x0, y0, x1, y1) in pixels, its mask, boolean (H, W), and predicted IoU; a few at a time."""
     passes = list(seen.decode(boxes=boxes, multimask=protocol.masks == "best"))
     low_res, predicted_iou = best_of(*(torch.cat(parts) for parts in zip(*passes, strict=True)))
     if protocol.refine:
         passes = list(seen.decode(boxes=boxes, masks=low_res))
         low_res, predicted_iou = best_of(*(torch.cat(parts) for parts in zip(*passes, strict=True)))
     masks = (mask for logits in seen.enlarge(low_res) for mask in (logits > seen.sam.mask_threshold).cpu().numpy())
-    return list(zip(masks, predicted_iou.tolist(), strict=True))
+    yield from zip(masks, predicted_iou.tolist(), strict=True)
 
 
 def score_masks(data: Path, results: Mapping[str, dict[str, Any]], preset: str, prefix: str = "") -> dict[str, Any]:
