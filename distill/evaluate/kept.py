@@ -11,10 +11,14 @@ from typing import Any, Protocol
 RESULT, SKIPPED = "result", "skipped"
 
 
-class Keep(Protocol):
-    """Puts a line under a key: `result=...`, or `skipped=...` and why."""
+Stamp = tuple[int | None, ...]
+"""What tells an item whose files have changed from the one that was measured."""
 
-    def __call__(self, key: str, **line: Any) -> None: ...
+
+class Keep(Protocol):
+    """Adds a line for an item: `result=...`, or `skipped=...` and why."""
+
+    def __call__(self, key: str, stamp: Stamp, **line: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -36,15 +40,17 @@ class Kept:
         """A folder for what can be looked at."""
         return self.folder / f"{self._stem}"
 
-    def read(self) -> dict[str, dict[str, Any]]:
-        """Lines by key, of all processes that there have ever been; one that a crash cut off is left out."""
-        lines: dict[str, dict[str, Any]] = {}
+    def read(self) -> dict[tuple[str, Stamp], dict[str, Any]]:
+        """Lines by key and stamp, of all processes that there have ever been; one that a crash cut off is left out.
+        Where an item was skipped once and measured once, it was measured."""
+        lines: dict[tuple[str, Stamp], dict[str, Any]] = {}
         for path in sorted(self.folder.glob(f"{escape(self._stem)}-*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for text in path.read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError):
-                    found = json.loads(line)
-                    if RESULT in found or RESULT not in lines.get(found["key"], {}):
-                        lines[found["key"]] = found
+                    line = json.loads(text)
+                    place = line.pop("key"), tuple(line.pop("stamp"))
+                    if RESULT not in lines.get(place, {}):
+                        lines[place] = line
         return lines
 
     @contextmanager
@@ -57,8 +63,8 @@ class Kept:
             if cut_off:
                 file.write("\n")
 
-            def keep(key: str, **line: Any) -> None:
-                file.write(json.dumps({"key": key, **line}) + "\n")
+            def keep(key: str, stamp: Stamp, **line: Any) -> None:
+                file.write(json.dumps({"key": key, "stamp": stamp, **line}) + "\n")
                 file.flush()
 
             yield keep

@@ -17,7 +17,7 @@ from segment_anything.modeling import Sam
 
 from distill.evaluate.contestants import Contestant, contestants_of, load_contestant, load_decoder
 from distill.evaluate.decoding import Segmenter
-from distill.evaluate.kept import RESULT, SKIPPED, Kept
+from distill.evaluate.kept import RESULT, SKIPPED, Kept, Stamp
 from distill.recipe import Recipe
 from distill.run import is_current, read_section, write_section
 from distill.schema import TEACHER
@@ -118,7 +118,7 @@ def evaluate_task(recipe: Recipe, accelerator: Accelerator) -> bool:
     for each in contestants:
         lines = kept[each.name].read()
         accelerator.wait_for_everyone()  # nobody adds to what another still reads
-        left = [item for item in items if not is_measured(item, lines)]
+        left = [item for item in items if RESULT not in lines.get((item.key, stamp(item)), {})]
         if not left:
             continue
         teacher = teacher or load_decoder(recipe, accelerator.device)
@@ -158,7 +158,7 @@ def measure_contestant(
         closing(map_ahead(measure, mine, AT_ONCE, ahead=2 * AT_ONCE)) as lines,
     ):
         for item, line in zip(mine, lines, strict=True):
-            keep(item.key, stamp=stamp(item), **line)
+            keep(item.key, stamp(item), **line)
             progress.update()
 
 
@@ -169,13 +169,11 @@ def gather(task: Task, recipe: Recipe, items: Sequence[Any], kept: Mapping[str, 
         InputError: of some contestant no item could be measured.
     """
     results: dict[str, Any] = {}
-    for name, lines in ((name, each.read()) for name, each in kept.items()):
-        measured = {item.key: lines[item.key][RESULT] for item in items if is_measured(item, lines)}
-        skipped = {
-            item.key: lines[item.key][SKIPPED]
-            for item in items
-            if item.key not in measured and SKIPPED in lines.get(item.key, {})
-        }
+    for name, each in kept.items():
+        lines = each.read()
+        now = {item.key: lines.get((item.key, stamp(item)), {SKIPPED: "changed meanwhile"}) for item in items}
+        measured = {key: line[RESULT] for key, line in now.items() if RESULT in line}
+        skipped = {key: line[SKIPPED] for key, line in now.items() if RESULT not in line}
         if not measured:
             raise InputError(f"{recipe.evaluate.task}: nothing could be measured {commonest([*skipped.items()])}")
         numbers = task.summarize(measured, recipe)
@@ -211,15 +209,9 @@ def as_table(section: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def is_measured(item: Item, lines: Mapping[str, dict[str, Any]]) -> bool:
-    """Whether there is a result of an item, whose files have not changed since."""
-    line = lines.get(item.key, {})
-    return RESULT in line and line["stamp"] == stamp(item)
-
-
-def stamp(item: Item) -> list[int | None]:
+def stamp(item: Item) -> Stamp:
     """Sizes of an item's files, to tell a changed one by; None for one that is missing."""
-    return [path.stat().st_size if path.exists() else None for path in item.files]
+    return tuple(path.stat().st_size if path.exists() else None for path in item.files)
 
 
 def _digest(value: Any) -> str:

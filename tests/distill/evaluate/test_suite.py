@@ -137,6 +137,10 @@ def test_a_changed_file_is_measured_again(bsds: Layout, student: Path, tmp_path:
     Image.open(picture).convert("L").save(picture)
     assert cli(*arguments).returncode == 0
     assert kept(tmp_path / "out")["run"] == ["0", "1", "1"]
+    picture.write_bytes(b"no picture any more")
+    assert cli(*arguments).returncode == 0
+    numbers = section(tmp_path / "out")["results"]["run"]
+    assert (numbers["images"], list(numbers["skipped"])) == (1, ["1"])
 
 
 def test_names_tell_contestants_apart(student: Path, tmp_path: Path, bsds: Layout) -> None:
@@ -197,11 +201,13 @@ def test_a_checkpoint_alone_needs_no_recipe(bsds: Layout, student: Path, tmp_pat
 def test_keys_of_any_kind_are_kept(tmp_path: Path) -> None:
     lines = Kept(tmp_path, "name with / and [brackets]", "0123")
     with lines.keeper(0) as keep:
-        keep("ünïcode/€", result={"value": 0.1})
-        keep("bad", skipped="why")
+        keep("ünïcode/€", (1, None), result={"value": 0.1})
+        keep("bad", (5,), skipped="why")
     with lines.keeper(1) as keep:
-        keep("bad", result={"value": 2})
+        keep("bad", (5,), result={"value": 2})
+        keep("bad", (6,), skipped="worse")
     assert lines.read() == {
-        "ünïcode/€": {"key": "ünïcode/€", "result": {"value": 0.1}},
-        "bad": {"key": "bad", "result": {"value": 2}},
+        ("ünïcode/€", (1, None)): {"result": {"value": 0.1}},
+        ("bad", (5,)): {"result": {"value": 2}},
+        ("bad", (6,)): {"skipped": "worse"},
     }
