@@ -106,7 +106,8 @@ def run(recipe: Recipe) -> None:
 
 def run_stage(name: str, recipe: Recipe, accelerator: Accelerator) -> None:
     """Run one stage, and note in the run directory how long it took if there was anything to do."""
-    noted = accelerator.is_main_process and name in STAGES
+    zero_shot = name == "evaluate" and recipe.evaluate.task != "masks"
+    noted = accelerator.is_main_process and name in STAGES and not zero_shot
     started = time.perf_counter()
     try:
         worked = find_stage(name).run(recipe, accelerator)

@@ -16,7 +16,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from distill.checks import check_recipe, nearest
 from distill.recipe_files import Loader, find_recipe, list_recipes, parse_yaml, read_yaml, shown_path, with_bases
-from distill.schema import ONE_OR_MORE, PATHS, SHAPES_THE_STUDENT, STAGES, TEACHER, Recipe, describe_keys, kinds
+from distill.schema import (
+    ONE_OR_MORE,
+    PATHS,
+    SHAPES_THE_STUDENT,
+    STAGES,
+    TEACHER,
+    EvaluateRecipe,
+    Recipe,
+    describe_keys,
+    kinds,
+)
 from embeddings_cache.teacher import inspect_teacher
 from students import InputError, StudentConfig, first_line, is_our_student, read_metadata, student_config_of
 
@@ -132,8 +142,8 @@ def to_yaml(recipe: Recipe) -> str:
     a photograph, or a zero-shot task and its contestants."""
     whole = replace(recipe, stage="all", image=None, point=None, box=None)
     if recipe.evaluate.task != "masks":
-        usual = replace(recipe.evaluate, task="masks", data=None, limit=None, boxes=None, tracks=None)
-        whole = replace(whole, evaluate=usual, checkpoint=None)
+        of_masks = {key: getattr(recipe.evaluate, key) for key in ("masks_per_image", "grid", "clicks")}
+        whole = replace(whole, evaluate=EvaluateRecipe(**of_masks), checkpoint=None)
     return OmegaConf.to_yaml(OmegaConf.structured(whole), resolve=True)
 
 

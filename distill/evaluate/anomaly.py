@@ -78,8 +78,8 @@ def find(recipe: Recipe) -> list[Inspected]:
     if recipe.evaluate.boxes is None:
         raise InputError("evaluate.task=anomaly takes a detector's boxes: evaluate.boxes=FILE.json")
     boxes = read_boxes(Path(recipe.evaluate.boxes))
-    if boxes.keys().isdisjoint(images):
-        raise InputError(f"evaluate.boxes={recipe.evaluate.boxes} is not of {root}: it has no {next(iter(images))}")
+    if strangers := boxes.keys() - images.keys():
+        raise InputError(f"evaluate.boxes={recipe.evaluate.boxes} is not of {root}, which has no {min(strangers)}")
     items = []
     for name, path in images.items():
         kind, _, defect, _ = name.split("/")
@@ -101,14 +101,14 @@ def measure(item: Inspected, segmenter: Segmenter, recipe: Recipe, pictures: Pat
     if truth.shape != (height, width):
         raise InputError(f"{item.key}: its mask is not of an image of {width}×{height} px")
     boxes = item.boxes.clip(0, (width, height, width, height))
-    if (outside := (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)).any():
-        raise InputError(f"box {item.boxes[outside][0].tolist()} covers nothing of an image of {width}×{height} px")
-    best = np.argsort(-item.scores, kind="stable")[:BOXES]
+    meets = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
+    best = meets[np.argsort(-item.scores[meets], kind="stable")[:BOXES]]
     masks = masks_in(segmenter.look(image), boxes[best]) if len(best) else []
     return {
         "masks": [encode_rle(mask) for mask in masks],
         "scores": item.scores[best].tolist(),
         "truth": encode_rle(nearest(truth)),
+        "left_out": len(boxes) - len(meets),
     }
 
 
@@ -125,7 +125,10 @@ def summarize(results: Mapping[str, dict[str, Any]], recipe: Recipe) -> dict[str
         for name, images in by_class.items()
     }
     known = [numbers["F1"] for numbers in classes.values() if numbers["F1"] is not None]
-    return {"F1": float(np.mean(known)) if known else None, "classes": classes}
+    left_out = sum(each["left_out"] for each in results.values())
+    without = sum(not each["masks"] for each in results.values())
+    numbers = {"F1": float(np.mean(known)) if known else None, "classes": classes, "boxes_left_out": left_out}
+    return {**numbers, "note": f"{without} without boxes"} if without else numbers
 
 
 def read_boxes(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:

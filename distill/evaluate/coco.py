@@ -46,24 +46,34 @@ class CocoSet:
         """An image's annotations but for empty masks, which nothing can match.
 
         Raises:
-            InputError: a mask is none, or was drawn on an image of another size.
+            InputError: one has no mask, or it was drawn on an image of another size.
         """
         good = []
         for annotation in self.annotations.get(image["id"], []):
             drawn = annotation.get("segmentation")
-            if isinstance(drawn, dict):
-                try:
+            try:
+                if drawn and isinstance(drawn, list):
+                    check_polygons(drawn)
+                elif drawn:
                     size = check_rle(drawn)
-                except ValueError as error:
-                    raise InputError(f"annotation {annotation.get('id')}: {error}") from error
-                if size != (image["height"], image["width"]):
-                    raise InputError(
-                        f"annotation {annotation.get('id')}: a mask of {size[1]}×{size[0]} px on an image of "
-                        f"{image['width']}×{image['height']}"
-                    )
+                    if size != (image["height"], image["width"]):
+                        raise ValueError(
+                            f"a mask of {size[1]}×{size[0]} px on an image of {image['width']}×{image['height']}"
+                        )
+            except ValueError as error:
+                raise InputError(f"annotation {annotation.get('id')}: {error}") from error
             if drawn and annotation["area"] > 0:
                 good.append(annotation)
         return good
+
+
+def check_polygons(drawn: list[Any]) -> None:
+    """Raise `ValueError` unless these are COCO's polygons, each x, y, x, y, ... of three corners or more. pycocotools
+    takes four numbers for a box, and fails with fewer."""
+    for corners in drawn:
+        numbers = isinstance(corners, list) and all(isinstance(number, int | float) for number in corners)
+        if not numbers or len(corners) < 6 or len(corners) % 2 or not np.isfinite(corners).all():
+            raise ValueError("a polygon that is none")
 
 
 def name_of(image: dict[str, Any]) -> str:
@@ -88,11 +98,18 @@ def read_coco(path: Path) -> CocoSet:
             annotations[annotation["image_id"]].append(annotation)
         categories = tuple(sorted(category["id"] for category in content["categories"]))
         whole = all(name_of(image) and image["height"] > 0 and image["width"] > 0 for image in images.values())
-        whole &= all({"area", "category_id"} <= annotation.keys() for annotation in content["annotations"])
+        whole &= all(type(id) is int for id in images)
+        whole &= all(
+            isinstance(each.get("area"), int | float) and type(each.get("category_id")) is int
+            for each in content["annotations"]
+        )
+        masks = any(each.get("segmentation") for each in content["annotations"]) or not content["annotations"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{file} is not COCO's format: {error!r}") from error
     if not images or not whole:
-        raise InputError(f"{file} has no images, or lacks somewhere file_name, height, width, area or category_id")
+        raise InputError(f"{file} has no images, or lacks a number or file_name, height, width, area or category_id")
+    if not masks:
+        raise InputError(f"{file} has boxes alone, and no segmentation")
     first = name_of(next(iter(images.values())))
     split = file.stem.rsplit("_", 1)[-1]
     beside = file.parent.parent if file.parent.name == "annotations" else file.parent
@@ -167,13 +184,13 @@ def average_precision(
         classes: whether a mask must be of the annotation's class.
     """
     truth = COCO()
+    # Numbered from 1, whatever they were: pycocotools takes a match with an annotation of id 0 for none.
+    annotated = (annotation for image in images for annotation in known.good_annotations(known.images[image]))
     truth.dataset = {
         "info": {},
         "images": [known.images[image] for image in images],
         "annotations": [
-            {"iscrowd": 0, **annotation}
-            for image in images
-            for annotation in known.good_annotations(known.images[image])
+            {"iscrowd": 0, **annotation, "id": number} for number, annotation in enumerate(annotated, start=1)
         ],
         "categories": [{"id": category} for category in known.categories],
     }
@@ -181,7 +198,7 @@ def average_precision(
         truth.createIndex()
         if not found:
             return Precision(None, max_dets)
-        evaluation = COCOeval(truth, truth.loadRes([dict(entry) for entry in found]), "segm")
+        evaluation = COCOeval(truth, truth.loadRes(list(found)), "segm")
         evaluation.params.maxDets = list(max_dets)
         evaluation.params.useCats = int(classes)
         evaluation.evaluate()

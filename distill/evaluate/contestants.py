@@ -27,8 +27,16 @@ class Contestant:
         """What this one's results depend on."""
         teacher = {"teacher": recipe.teacher.name, "teacher_sha256": digest_of(recipe.teacher.checkpoint)}
         if self.path is None:
-            return {**teacher, "dtype": recipe.teacher.dtype, "image_size": recipe.image_size}
+            return {**teacher, "dtype": self.dtype(recipe), "image_size": recipe.image_size}
         return {"sha256": digest_of(self.path), **(teacher if needs_decoder(self.path) else {})}
+
+    def dtype(self, recipe: Recipe) -> str:
+        """float32, so that nobody has an advantage; the teacher's is what `teacher.dtype` says, unless that is auto."""
+        return "float32" if self.path is not None or recipe.teacher.dtype == "auto" else recipe.teacher.dtype
+
+    def in_decoder(self) -> bool:
+        """Whether the recipe's teacher is needed: to take part, or for its decoder."""
+        return self.path is None or needs_decoder(self.path)
 
 
 def contestants_of(recipe: Recipe) -> list[Contestant]:
@@ -37,11 +45,13 @@ def contestants_of(recipe: Recipe) -> list[Contestant]:
     Raises:
         InputError: one of them is not there.
     """
-    chosen = chosen_students(recipe)
-    taken: dict[str, int] = {}
+    taken = {TEACHER: 1}  # by the teacher, whatever a checkpoint is called
     named = []
-    for path in chosen:
-        name = TEACHER if path is None else path.parent.resolve().name if path.stem == "student" else path.stem
+    for path in dict.fromkeys(chosen_students(recipe)):
+        if path is None:
+            named.append(Contestant(TEACHER, None))
+            continue
+        name = path.parent.resolve().name if path.stem == "student" else path.stem
         taken[name] = taken.get(name, 0) + 1
         named.append(Contestant(name if taken[name] == 1 else f"{name} ({taken[name]})", path))
     return named
@@ -52,22 +62,29 @@ def needs_decoder(path: Path) -> bool:
     return is_our_student(path) or not inspect_teacher(path).has_decoder
 
 
-def load_contestant(contestant: Contestant, recipe: Recipe, teacher: Sam) -> Sam:
+def load_contestant(contestant: Contestant, teacher: Sam | None) -> Sam:
     """A whole SAM: a student of ours in the teacher's, a published one with the decoder that it brings.
+
+    Args:
+        teacher: None where it is not needed (`in_decoder`).
 
     Raises:
         InputError: it cannot be had, or does not fit the teacher's decoder.
     """
     path = contestant.path
     if path is None:
+        assert teacher is not None
         return teacher
     if not is_our_student(path):
         found = inspect_teacher(path)
         sam = load_teacher(found.name, str(path), found.image_size)
         if found.has_decoder:
             return sam
-        return complete(sam.image_encoder, path, teacher)
-    return complete(load_student(path), path, teacher)
+        encoder: nn.Module = sam.image_encoder
+    else:
+        encoder = load_student(path)
+    assert teacher is not None
+    return complete(encoder, path, teacher)
 
 
 def complete(encoder: nn.Module, path: Path, teacher: Sam) -> Sam:

@@ -154,7 +154,7 @@ def read_photograph(path: Path, reading: Reading) -> np.ndarray:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except Exception as error:  # Pillow lets many kinds through
-        raise InputError(f"{path} cannot be read: {reason_of(error)}") from error
+        raise InputError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
 def write_map(path: Path, values: np.ndarray) -> None:

@@ -113,7 +113,7 @@ def edge_map(seen: Seen) -> np.ndarray:
     for logits in seen.enlarge(low_res[kept]):
         pixels, magnitude = outlines(logits, threshold)
         strongest.scatter_reduce_(0, pixels, magnitude, "amax")
-    edges = strongest.double().reshape(height, width).cpu().numpy()
+    edges = strongest.reshape(height, width).cpu().numpy().astype(float)
     low, high = edges.min(), edges.max()
     edges = (edges - low) / (high - low) if high > low else np.zeros_like(edges)
     return suppress_non_maxima(edges)

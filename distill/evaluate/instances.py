@@ -88,8 +88,10 @@ def find(recipe: Recipe) -> list[Pictured]:
     """
     data, boxes = Path(recipe.evaluate.data), recipe.evaluate.boxes
     if recipe.evaluate.preset == "everything":
-        if boxes is not None:
-            raise InputError(f"evaluate.boxes={boxes}: evaluate.preset=everything takes none")
+        said = recipe.evaluate
+        given = {"boxes": said.boxes, "masks": said.masks, "score": said.score, "refine": said.refine or None}
+        if taken := [f"evaluate.{key}={value}" for key, value in given.items() if value is not None]:
+            raise InputError(f"{taken[0]}: evaluate.preset=everything takes none")
     elif boxes is None:
         raise InputError("evaluate.task=instances takes a detector's boxes: evaluate.boxes=RESULTS.json")
     else:

@@ -1,6 +1,7 @@
 """What was measured, item by item: lines of JSON on disk at once, so that a killed run loses what was in hand alone."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,14 +12,14 @@ from typing import Any, Protocol
 RESULT, SKIPPED = "result", "skipped"
 
 
-Stamp = tuple[int | None, ...]
-"""What tells an item whose files have changed from the one that was measured."""
+Place = tuple[str, str]
+"""An item's key, and a stamp that tells it from what it was before its files changed."""
 
 
 class Keep(Protocol):
     """Adds a line for an item: `result=...`, or `skipped=...` and why."""
 
-    def __call__(self, key: str, stamp: Stamp, **line: Any) -> None: ...
+    def __call__(self, key: str, stamp: str, **line: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -40,31 +41,41 @@ class Kept:
         """A folder for what can be looked at."""
         return self.folder / f"{self._stem}"
 
-    def read(self) -> dict[tuple[str, Stamp], dict[str, Any]]:
-        """Lines by key and stamp, of all processes that there have ever been; one that a crash cut off is left out.
-        Where an item was skipped once and measured once, it was measured."""
-        lines: dict[tuple[str, Stamp], dict[str, Any]] = {}
-        for path in sorted(self.folder.glob(f"{escape(self._stem)}-*.jsonl")):
-            for text in path.read_text(encoding="utf-8").splitlines():
-                with suppress(ValueError):
-                    line = json.loads(text)
-                    place = line.pop("key"), tuple(line.pop("stamp"))
-                    if RESULT not in lines.get(place, {}):
-                        lines[place] = line
+    def read(self) -> dict[Place, dict[str, Any]]:
+        """Lines of all processes that there have ever been. Where an item was skipped once and measured once, it was
+        measured."""
+        lines: dict[Place, dict[str, Any]] = {}
+        for place, line in self._lines():
+            if RESULT not in lines.get(place, {}):
+                lines[place] = line
         return lines
+
+    def measured(self) -> set[Place]:
+        """Those that have a result, which is not kept in memory."""
+        return {place for place, line in self._lines() if RESULT in line}
+
+    def _lines(self) -> Iterator[tuple[Place, dict[str, Any]]]:
+        """Those that are whole: a crash may have cut one off."""
+        for path in sorted(self.folder.glob(f"{escape(self._stem)}-*.jsonl")):
+            with path.open(encoding="utf-8") as file:
+                for text in file:
+                    with suppress(ValueError):
+                        line = json.loads(text)
+                        yield (line.pop("key"), line.pop("stamp")), line
 
     @contextmanager
     def keeper(self, rank: int) -> Iterator[Keep]:
         """Add lines, to a file of this process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{self._stem}-{rank}.jsonl"
-        cut_off = path.exists() and not path.read_bytes().endswith(b"\n")
-        with path.open("a", encoding="utf-8") as file:
-            if cut_off:
-                file.write("\n")
+        with path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # a crash has cut a line off
+                    file.write(b"\n")
 
-            def keep(key: str, stamp: Stamp, **line: Any) -> None:
-                file.write(json.dumps({"key": key, "stamp": stamp, **line}) + "\n")
+            def keep(key: str, stamp: str, **line: Any) -> None:
+                file.write(json.dumps({"key": key, "stamp": stamp, **line}).encode() + b"\n")
                 file.flush()
 
             yield keep

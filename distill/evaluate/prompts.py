@@ -56,8 +56,7 @@ def measure(item: Pictured, segmenter: Segmenter, recipe: Recipe, pictures: Path
     for start in range(0, len(drawn), PROMPTS_A_PASS):
         some = drawn[start : start + PROMPTS_A_PASS]
         truths = np.stack([mask for _, mask in some])
-        corners = np.array([each["bbox"] for each, _ in some], dtype=float)
-        corners[:, 2:] += corners[:, :2]
+        corners = np.array([_corners(each) for each, _ in some])
         result["box"] += fits_of_boxes(seen, truths, corners)
         result["clicks"] += [list(ious) for ious in zip(*fits_of_clicks(seen, truths, MOST_CLICKS), strict=True)]
     return result
@@ -79,6 +78,19 @@ def summarize(results: Mapping[str, dict[str, Any]], recipe: Recipe) -> dict[str
             if of.any()
         },
     }
+
+
+def _corners(annotation: dict[str, Any]) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) of an annotation's box.
+
+    Raises:
+        InputError: it has none.
+    """
+    try:
+        x, y, width, height = (float(side) for side in annotation["bbox"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"annotation {annotation.get('id')} has no bbox: {error!r}") from error
+    return x, y, x + width, y + height
 
 
 def _decode(drawn: Any, size: tuple[int, ...]) -> np.ndarray:

@@ -6,18 +6,21 @@ items. A run that was interrupted goes on, and a contestant that comes later is 
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
 from accelerate import Accelerator
 from segment_anything.modeling import Sam
 
 from distill.evaluate.contestants import Contestant, contestants_of, load_contestant, load_decoder
 from distill.evaluate.decoding import Segmenter
-from distill.evaluate.kept import RESULT, SKIPPED, Kept, Stamp
+from distill.evaluate.kept import RESULT, SKIPPED, Kept, Place
+from distill.reading import reading_of
 from distill.recipe import Recipe
 from distill.run import is_current, read_section, write_section
 from distill.schema import TEACHER
@@ -27,6 +30,10 @@ from students import InputError
 
 AT_ONCE = 2
 """Items in hand, a process: what is done by one core on an item goes on while a GPU or the others decode another's."""
+
+
+ENDS = 2**16
+"""Bytes of a file at either end that are looked at to tell whether it has changed."""
 
 
 class Item(Protocol):
@@ -87,10 +94,14 @@ def find_task(name: str) -> Task:
         ) from error
 
 
-def check_task(recipe: Recipe) -> None:
-    """Raise `InputError` where the task cannot be done: data, contestants or a library are missing."""
-    contestants_of(recipe)
+def check_task(recipe: Recipe) -> bool:
+    """Raise `InputError` where the task cannot be done: data, contestants or a library are missing.
+
+    Returns:
+        Whether it takes the recipe's teacher.
+    """
     find_task(recipe.evaluate.task).find(recipe)
+    return any(each.in_decoder() for each in contestants_of(recipe))
 
 
 def evaluate_task(recipe: Recipe, accelerator: Accelerator) -> bool:
@@ -104,28 +115,33 @@ def evaluate_task(recipe: Recipe, accelerator: Accelerator) -> bool:
     """
     name = recipe.evaluate.task
     task, contestants = find_task(name), contestants_of(recipe)
-    items = task.find(recipe)[: recipe.evaluate.limit]
-    settings = {"task": name, "data": recipe.evaluate.data, **task.settings(recipe)}
+    items = {(item.key, stamp(item)): item for item in task.find(recipe)[: recipe.evaluate.limit]}
+    reading = vars(reading_of(recipe))
+    settings = {"task": name, "data": recipe.evaluate.data, "reading": reading, **task.settings(recipe)}
     depends = {each.name: {**settings, "contestant": each.inputs(recipe)} for each in contestants}
-    inputs = {"contestants": depends, "items": _digest([(item.key, stamp(item)) for item in items])}
+    inputs = {"contestants": depends, "items": _digest([*items])}
     result = Path(recipe.run_dir) / "evaluation.json"
-    if is_current(result, inputs, accelerator, section=name):
-        accelerator.print(as_table(read_section(result, name) or {}))
+    earlier = read_section(result, name) or {"results": {}}
+    whole = not any(numbers["skipped"] for numbers in earlier["results"].values())  # what was bad may be good by now
+    if whole and is_current(result, inputs, accelerator, section=name):
+        accelerator.print(as_table(earlier))
         return False
     folder = Path(recipe.run_dir) / "evaluation" / name
     kept = {each.name: Kept(folder, each.name, _digest(depends[each.name])) for each in contestants}
     teacher: Sam | None = None
     for each in contestants:
-        lines = kept[each.name].read()
+        done = kept[each.name].measured()
         accelerator.wait_for_everyone()  # nobody adds to what another still reads
-        left = [item for item in items if RESULT not in lines.get((item.key, stamp(item)), {})]
+        left = {place: item for place, item in items.items() if place not in done}
         if not left:
             continue
-        teacher = teacher or load_decoder(recipe, accelerator.device)
+        if each.in_decoder():
+            teacher = teacher or load_decoder(recipe, accelerator.device)
         measure_contestant(task, recipe, accelerator, each, teacher, left, kept[each.name])
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        content = {**gather(task, recipe, items, kept), "made_from": inputs}
+        content = {**gather(task, recipe, [*items], kept), "made_from": inputs}
+        content["checkpoints"] = {each.name: str(each.path) for each in contestants if each.path is not None}
         write_section(result, name, content)
         print(as_table(content))
     accelerator.wait_for_everyone()
@@ -137,32 +153,33 @@ def measure_contestant(
     recipe: Recipe,
     accelerator: Accelerator,
     contestant: Contestant,
-    teacher: Sam,
-    items: Sequence[Any],
+    teacher: Sam | None,
+    items: Mapping[Place, Any],
     kept: Kept,
 ) -> None:
     """Measure this process's share of some items, and keep what comes of each."""
-    sam = load_contestant(contestant, recipe, teacher)
-    segmenter = Segmenter(sam, accelerator.device, recipe.teacher.dtype if contestant.path is None else "float32")
-    mine = items[accelerator.process_index :: accelerator.num_processes]
+    segmenter = Segmenter(load_contestant(contestant, teacher), accelerator.device, contestant.dtype(recipe))
+    mine = [*items.items()][accelerator.process_index :: accelerator.num_processes]
 
     def measure(item: Any) -> dict[str, Any]:
         try:
             return {RESULT: task.measure(item, segmenter, recipe, kept.pictures)}
         except InputError as error:
-            return {SKIPPED: str(error)}
+            if isinstance(error.__cause__, torch.OutOfMemoryError):
+                raise  # the device is to blame, and not the item
+            return {SKIPPED: str(error).removeprefix(f"{item.files[0]}: ")}  # the key says which; many have one reason
 
     with (
         kept.keeper(accelerator.process_index) as keep,
         progress_bar(accelerator, f"{recipe.evaluate.task}: {contestant.name}", task.UNIT, total=len(mine)) as progress,
-        closing(map_ahead(measure, mine, AT_ONCE, ahead=2 * AT_ONCE)) as lines,
+        closing(map_ahead(measure, [item for _, item in mine], AT_ONCE, ahead=2 * AT_ONCE)) as lines,
     ):
-        for item, line in zip(mine, lines, strict=True):
-            keep(item.key, stamp(item), **line)
+        for (place, _), line in zip(mine, lines, strict=True):
+            keep(*place, **line)
             progress.update()
 
 
-def gather(task: Task, recipe: Recipe, items: Sequence[Any], kept: Mapping[str, Kept]) -> dict[str, Any]:
+def gather(task: Task, recipe: Recipe, items: Sequence[Place], kept: Mapping[str, Kept]) -> dict[str, Any]:
     """A task's section: each contestant's numbers, and what share of the teacher's each is, where it takes part.
 
     Raises:
@@ -171,9 +188,8 @@ def gather(task: Task, recipe: Recipe, items: Sequence[Any], kept: Mapping[str, 
     results: dict[str, Any] = {}
     for name, each in kept.items():
         lines = each.read()
-        now = {item.key: lines.get((item.key, stamp(item)), {SKIPPED: "changed meanwhile"}) for item in items}
-        measured = {key: line[RESULT] for key, line in now.items() if RESULT in line}
-        skipped = {key: line[SKIPPED] for key, line in now.items() if RESULT not in line}
+        measured = {place[0]: lines[place][RESULT] for place in items if RESULT in lines[place]}
+        skipped = {place[0]: lines[place][SKIPPED] for place in items if RESULT not in lines[place]}
         if not measured:
             raise InputError(f"{recipe.evaluate.task}: nothing could be measured {commonest([*skipped.items()])}")
         numbers = task.summarize(measured, recipe)
@@ -185,7 +201,8 @@ def gather(task: Task, recipe: Recipe, items: Sequence[Any], kept: Mapping[str, 
                 for column in task.COLUMNS
                 if numbers[column] is not None and results[TEACHER][column]
             }
-    return {"task": recipe.evaluate.task, "unit": task.UNIT, "columns": list(task.COLUMNS), "results": results}
+    shown = {"task": recipe.evaluate.task, "unit": task.UNIT, "columns": list(task.COLUMNS)}
+    return {**shown, "limit": recipe.evaluate.limit, "results": results}
 
 
 def as_table(section: dict[str, Any]) -> str:
@@ -198,7 +215,7 @@ def as_table(section: dict[str, Any]) -> str:
     for name, numbers in results.items():
         shown = ["–" if numbers[column] is None else f"{numbers[column]:.4f}" for column in columns]
         line = f"{name:<{width}}" + "".join(f"{value:>{cells}}" for value in shown)
-        line += f"   {numbers[unit]} {unit}"
+        line += f"   {numbers[unit]} {unit}" + (f" (evaluate.limit={section['limit']})" if section["limit"] else "")
         if skipped := numbers["skipped"]:
             line += f", {len(skipped)} skipped: {commonest([*skipped.items()])}"
         lines.append(line + (f"; {numbers['note']}" if "note" in numbers else ""))
@@ -209,9 +226,17 @@ def as_table(section: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def stamp(item: Item) -> Stamp:
-    """Sizes of an item's files, to tell a changed one by; None for one that is missing."""
-    return tuple(path.stat().st_size if path.exists() else None for path in item.files)
+def stamp(item: Item) -> str:
+    """What tells a changed item from the one that was measured: a digest of its files' sizes and ends."""
+    digest = hashlib.sha256()
+    for path in item.files:
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(f"{path.stat().st_size} ".encode() + file.read(ENDS))
+                file.seek(-min(ENDS, path.stat().st_size), os.SEEK_END)
+                digest.update(file.read(ENDS))
+        digest.update(b"|")
+    return digest.hexdigest()[:12]
 
 
 def _digest(value: Any) -> str:

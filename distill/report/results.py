@@ -8,6 +8,7 @@ import yaml
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 
+from distill.evaluate.contestants import digest_of
 from distill.evaluate.masks import SIZES, evaluation_inputs
 from distill.export.folder import file_line
 from distill.recipe import Recipe, to_yaml
@@ -79,7 +80,7 @@ def collect(recipe: Recipe, scores: dict[str, Any], manifest: Path) -> dict[str,
         "curves": {name: [[line["step"], line[name]] for line in lines if name in line] for name in CURVES},
         "evaluation": {name: scores[name] for name in ("images", "embedding", "miou")},
         "tasks": {
-            name: {key: section[key] for key in ("unit", "columns", "results")}
+            name: current_results(section)
             for name in TASKS
             if name != "masks" and (section := read_section(run_dir / "evaluation.json", name))
         },
@@ -87,6 +88,18 @@ def collect(recipe: Recipe, scores: dict[str, Any], manifest: Path) -> dict[str,
         "export": exported["files"],
         "benchmark": measured.get("students") if isinstance(measured, dict) else None,
     }
+
+
+def current_results(section: dict[str, Any]) -> dict[str, Any]:
+    """What a zero-shot task came to, without the contestants whose file is another one by now."""
+    changed = {
+        name
+        for name, path in section["checkpoints"].items()
+        if Path(path).exists()
+        and digest_of(path) != section["made_from"]["contestants"][name]["contestant"].get("sha256")
+    }
+    results = {name: numbers for name, numbers in section["results"].items() if name not in changed}
+    return {**{key: section[key] for key in ("unit", "columns", "limit")}, "results": results}
 
 
 def summary(recipe: Recipe, content: dict[str, Any]) -> str:

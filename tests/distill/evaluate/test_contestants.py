@@ -31,7 +31,7 @@ def predicted(predictor: SamPredictor, image: np.ndarray, box: np.ndarray) -> np
 
 def test_a_student_of_ours_works_in_the_teachers_decoder(student: Path) -> None:
     teacher = load_teacher("toy", None, 128)
-    sam = load_contestant(Contestant("ours", student), load_recipe([*RECIPE]), teacher)
+    sam = load_contestant(Contestant("ours", student), teacher)
     assert needs_decoder(student)
     assert sam.mask_decoder is teacher.mask_decoder
     image, _ = generate_scene(np.random.default_rng(0), longest_side=160)
@@ -40,7 +40,7 @@ def test_a_student_of_ours_works_in_the_teachers_decoder(student: Path) -> None:
     [(low_res, _)] = seen.decode(boxes=box[None])
     assert np.allclose(low_res[0].numpy(), predicted(SamPredictor(sam), image, box), atol=1e-3)
     assert seen.original_size == image.shape[:2]
-    assert load_contestant(Contestant("teacher", None), load_recipe([*RECIPE]), teacher) is teacher
+    assert load_contestant(Contestant("teacher", None), teacher) is teacher
 
 
 def test_a_published_student_brings_its_decoder_and_size(tmp_path: Path, seeded: None) -> None:
@@ -48,8 +48,8 @@ def test_a_published_student_brings_its_decoder_and_size(tmp_path: Path, seeded:
     with torch.random.fork_rng(devices=[]):
         save_published(path, create_student("tiny_vit_5m"), untrained_sam(torch.nn.Identity()))
     assert not needs_decoder(path)
-    teacher = load_teacher("toy", None, 128)  # of another size, and of other channels
-    sam = load_contestant(Contestant("import", path), load_recipe([*RECIPE]), teacher)
+    sam = load_contestant(Contestant("import", path), None)
+    assert not Contestant("import", path).in_decoder()
     image, _ = generate_scene(np.random.default_rng(0), longest_side=160)
     box = np.array([20.0, 30.0, 90.0, 110.0])
     seen = Segmenter(sam, torch.device("cpu")).look(image)
@@ -65,7 +65,7 @@ def test_one_that_does_not_fit_the_decoder_is_named(student: Path, tmp_path: Pat
     with pytest.raises(
         InputError, match=r"larger\.safetensors does not fit the teacher's decoder: the encoder works at 192 px"
     ):
-        load_contestant(Contestant("larger", path), load_recipe([*RECIPE]), load_teacher("toy", None, 128))
+        load_contestant(Contestant("larger", path), load_teacher("toy", None, 128))
     assert load_student(student).img_size == 128
 
 
@@ -77,4 +77,7 @@ def test_what_results_depend_on(student: Path, tmp_path: Path) -> None:
     assert Contestant("copy", copy).inputs(recipe) == ours
     save_student(copy, load_student(student), {"trained": "again"})
     assert Contestant("copy", copy).inputs(recipe) != ours
-    assert Contestant("teacher", None).inputs(recipe)["dtype"] == "auto"
+    assert Contestant("teacher", None).inputs(recipe)["dtype"] == "float32"  # as the students, on any device
+    half = load_recipe([*RECIPE, "teacher.dtype=bfloat16"])
+    assert Contestant("teacher", None).inputs(half)["dtype"] == "bfloat16"
+    assert Contestant("ours", student).dtype(half) == "float32"

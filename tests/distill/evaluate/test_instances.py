@@ -230,6 +230,10 @@ def bad_runs(content: dict[str, Any]) -> None:
     content["annotations"][0]["segmentation"]["counts"] = "Zd2"
 
 
+def segmented(drawn: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["annotations"][0].update(segmentation=drawn)
+
+
 def other_photograph(content: dict[str, Any]) -> None:
     content["images"][0]["height"] = 3
 
@@ -239,6 +243,10 @@ def other_photograph(content: dict[str, Any]) -> None:
     [
         (bad_size, "annotation 1: a mask of 9×7 px on an image of"),
         (bad_runs, "annotation 1: "),
+        (segmented([[]]), "annotation 1: a polygon that is none"),
+        (segmented([[1, 2, 3, 4]]), "annotation 1: a polygon that is none"),
+        (segmented([[1, 2, 3, 4, "5", 6]]), "annotation 1: a polygon that is none"),
+        (segmented("abc"), "annotation 1: "),
         (other_photograph, "annotation 1: a mask of|has .* px, and"),
     ],
 )
@@ -265,6 +273,34 @@ def test_an_empty_mask_is_not_missed(coco: Layout) -> None:
     perfect = annotated(root, lambda mask: mask)
     edited(root / "annotations" / "instances_val2017.json", emptied)
     assert score_masks(root, perfect, "vitdet")["AR100"] == 1.0
+
+
+def test_annotations_may_be_numbered_from_nought(coco: Layout) -> None:
+    root, _ = coco(2)
+
+    def renumbered(content: dict[str, Any]) -> None:
+        for number, annotation in enumerate(content["annotations"]):
+            annotation["id"] = number // 2  # and twice the same
+
+    perfect = annotated(root, lambda mask: mask)
+    edited(root / "annotations" / "instances_val2017.json", renumbered)
+    assert score_masks(root, perfect, "vitdet")["AP"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: [each.pop("segmentation") for each in content["annotations"]] and None, "has boxes alone"),
+        (lambda content: content["annotations"][0].update(area=None), "lacks a number or file_name"),
+        (lambda content: content["images"][0].update(id="100"), "lacks a number or file_name"),
+        (lambda content: content.pop("categories") and None, "is not COCO's format: KeyError"),
+    ],
+)
+def test_what_is_no_coco_set_is_refused(coco: Layout, change: Callable[[Any], Any], said: str) -> None:
+    root, boxes = coco(1)
+    edited(root / "annotations" / "instances_val2017.json", change)
+    with pytest.raises(InputError, match=said):
+        find(recipe_of(root, boxes))
 
 
 def test_sets_are_found_as_they_are_laid_out(coco: Layout, tmp_path: Path) -> None:

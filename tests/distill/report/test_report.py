@@ -14,6 +14,7 @@ from PIL import Image
 from distill.recipe import Recipe, load_recipe
 from distill.report.results import report
 from distill.run import write_section
+from embeddings_cache.system import sha256
 from students import InputError
 from support import TINY, places
 
@@ -192,10 +193,23 @@ def test_zero_shot_tasks_have_a_table_each(recipe: Recipe, accelerator: Accelera
         "run": {"ODS": 0.5, "R50": None, "images": 2, "skipped": {"3": "why"}, "of_the_teachers": {"ODS": 0.8}},
         "teacher": {"ODS": 0.625, "R50": 0.0, "images": 3, "skipped": {}, "of_the_teachers": {"ODS": 1.0}},
     }
-    section = {"task": "edges", "unit": "images", "columns": ["ODS", "R50"], "results": results, "made_from": {}}
-    write_section(Path(recipe.run_dir) / "evaluation.json", "edges", section)
+    student = Path(recipe.run_dir) / "student.safetensors"
+    section = {
+        "task": "edges", "unit": "images", "columns": ["ODS", "R50"], "limit": None, "results": results,
+        "checkpoints": {"run": str(student), "older": str(student)},
+        "made_from": {
+            "contestants": {
+                "run": {"contestant": {"sha256": sha256(student)}},
+                "older": {"contestant": {"sha256": "of what lay there before it was trained again"}},
+            }
+        },
+    }  # fmt: skip
+    stale = {**section, "results": {**results, "older": results["run"]}}
+    write_section(Path(recipe.run_dir) / "evaluation.json", "edges", stale)
     assert report(recipe, accelerator)
-    assert content_of(recipe)["tasks"]["edges"] == {key: section[key] for key in ("unit", "columns", "results")}
+    assert content_of(recipe)["tasks"]["edges"] == {
+        key: section[key] for key in ("unit", "columns", "limit", "results")
+    }
     table = page_of(recipe).read_text().partition('<table id="edges">')[2].partition("</table>")[0]
     rows = [re.sub(r"<[^>]+>", " ", row).split() for row in table.split("<tr>")[1:]]
     assert rows == [
