@@ -101,7 +101,8 @@ def main() -> None:
 
     def run(stage: str, name: str, seed: int) -> None:
         variant = variants[name]
-        keys = [f"stage={stage}", f"seed={seed}", f"run_dir={place(out, variants, name, seed)}", *variant.settings]
+        keys = [f"stage={stage}", f"seed={seed}", f"run_dir={place(out, variants, name, seed)}"]
+        keys += ["train.loss={mse: 1}", *variant.settings]  # where a variant says no other
         if variant.after is not None:
             keys.append(f"student.start={place(out, variants, variant.after, seed) / 'student.safetensors'}")
         command = [sys.executable, "distill.py", "recipe=quickstart", *options.settings, *keys]

@@ -13,6 +13,7 @@ TINY = (
     "image_size=128",
     "data.val_images=4",
     "train.epochs=2",
+    "train.loss={mse: 1}",
     "train.batch_size=4",
     "student.overrides={widths: [8, 16, 24, 32], depths: [1, 1, 1, 1]}",
     "teacher.batch_size=4",
