@@ -60,7 +60,7 @@ def test_values_come_from_schema_then_file_then_command_line(tmp_path: Path) -> 
         ("run_dir=2026-11-20", "run_dir", "2026-11-20"),
         ("train.loss={mse: 2}", "train.loss", {"mse": 2.0}),
         ("train.loss={mask: 1}", "train.loss", {"mask": 1.0}),
-        ("train.loss.mask=1", "train.loss", {"mse": 1.0, "mask": 1.0}),
+        ("train.loss.mask=1", "train.loss", {"l1": 1.0, "mask": 1.0}),
         ("student.overrides.depths=[1, 2, 3, 4]", "student.overrides.depths", [1, 2, 3, 4]),
         ("teacher.checkpoint=null", "teacher.checkpoint", None),
         ("train.workers=3", "train.workers", 3),
@@ -96,7 +96,7 @@ def test_command_line_values(argument: str, key: str, value: object) -> None:
         (["recipe=quickstart", "teacher.name=vit_x"], "teacher.name=vit_x is not known; did you mean 'vit_l'?"),
         (["recipe=quickstart", "cache.jpeg_quality=101"], "cache.jpeg_quality=101 is neither 1-100 nor png"),
         (["recipe=quickstart", "cache.jpeg_quality=true"], "cache.jpeg_quality=True is neither 1-100 nor png"),
-        (["recipe=quickstart", "train.loss.mse=0"], "weights are not negative, and one is more than 0"),
+        (["recipe=quickstart", "train.loss.l1=0"], "weights are not negative, and one is more than 0"),
         (["recipe=quickstart", "data.images=[a_{0..3}.tar, b"], "command line: data.images=[a_{0..3}.tar, b is not"),
         (["recipe=quickstart", "data.images=[1, 2]"], "data.images=[1, 2] is neither text nor a list of texts"),
         (["recipe=quickstart", "evaluate.data=scenes:5"], "scenes are made for data.images only"),
@@ -151,7 +151,7 @@ def test_a_mistake_in_a_file_is_named_with_the_file(tmp_path: Path) -> None:
 def test_a_phases_losses_are_those_that_it_names() -> None:
     recipe = load_recipe(["recipe=quickstart", "train.then=[{loss: {mask_bce: 5}, lr: 1e-4}, {epochs: 2}]"])
     assert [phase.loss for phase in recipe.train.then] == [{"mask_bce": 5.0}, None]
-    assert [settings.loss for settings in phase_settings(recipe)] == [{"mse": 1.0}, {"mask_bce": 5.0}, {"mse": 1.0}]
+    assert [settings.loss for settings in phase_settings(recipe)] == [{"l1": 1.0}, {"mask_bce": 5.0}, {"l1": 1.0}]
 
 
 def test_a_recipe_says_what_differs_from_the_one_that_it_is_based_on(tmp_path: Path) -> None:
