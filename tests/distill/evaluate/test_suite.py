@@ -74,6 +74,7 @@ def test_contestants_stand_side_by_side_with_their_share_of_the_teacher(
     assert (saved.stage, saved.checkpoint, saved.evaluate.task) == ("all", None, "masks")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_two_processes_come_to_the_same(
     bsds: Layout, student: Path, tmp_path: Path, cli: Cli
 ) -> None:
