@@ -117,8 +117,12 @@ def measure(item: Pictured, segmenter: Segmenter, recipe: Recipe, pictures: Path
 
 
 def summarize(results: Mapping[str, dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
-    """Average precision and recall, and boxes that were left out."""
-    return score_masks(Path(recipe.evaluate.data), results, recipe.evaluate.preset)
+    """Average precision and recall, boxes that were left out, and by which protocol."""
+    said = recipe.evaluate
+    given = {"masks": said.masks, "score": said.score, "max_dets": said.max_dets, "refine": said.refine or None}
+    switched = [f"{key}={value}" for key, value in given.items() if value is not None]
+    note = ", ".join([said.preset, *switched])
+    return {**score_masks(Path(said.data), results, said.preset), "note": note}
 
 
 def photograph_of(item: Pictured, recipe: Recipe) -> np.ndarray:

@@ -331,8 +331,9 @@ def test_instances_from_the_command_line(coco: Layout, student: Path, tmp_path: 
     missing = cli(*arguments, f"checkpoint=[{student}, teacher]")
     assert missing.returncode == 2
     assert "evaluate.task=instances takes a detector's boxes: evaluate.boxes=RESULTS.json" in missing.stderr
-    result = cli(*arguments, f"checkpoint=[{student}, teacher]", f"evaluate.boxes={boxes}")
+    result = cli(*arguments, f"checkpoint=[{student}, teacher]", f"evaluate.boxes={boxes}", "evaluate.max_dets=50")
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2 images; hdetr, max_dets=50") == 2
     numbers = json.loads((tmp_path / "out" / "evaluation.json").read_text())["instances"]["results"]
     assert 0 <= numbers["run"]["AP"] < numbers["teacher"]["AP"]
     assert numbers["run"]["of_the_teachers"]["AP"] == numbers["run"]["AP"] / numbers["teacher"]["AP"]
