@@ -10,6 +10,7 @@ from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
+from distill.evaluate import decoding
 from distill.evaluate.everything import BoundedMaskGenerator
 from distill.evaluate.masks import load_sams
 from distill.pictures import draw_prompts, paint
@@ -17,7 +18,7 @@ from distill.reading import reading_of
 from distill.recipe import Recipe
 from distill.run import other_teacher
 from distill.schema import PredictRecipe, numbers
-from embeddings_cache.images import bounding_box, decode_image, decode_rle, encode_rle, reason_of, resized_shape
+from embeddings_cache.images import bounding_box, decode_rle, encode_rle, resized_shape
 from embeddings_cache.system import whole_file, write_json
 from students import InputError
 
@@ -80,12 +81,10 @@ def read_photograph(recipe: Recipe) -> np.ndarray:
     if path is None:
         raise InputError("stage=predict needs a photograph: image=FILE")
     try:
-        image = decode_image(Path(path).read_bytes(), reading_of(recipe))
+        image = decoding.read_photograph(Path(path), reading_of(recipe))
         resized_shape((image.shape[0], image.shape[1]), recipe.image_size)
-    except FileNotFoundError:
-        raise InputError(f"image={path}: no such file") from None
-    except Exception as error:  # Pillow lets many kinds through
-        raise InputError(f"image={path} cannot be read: {reason_of(error)}") from error
+    except (InputError, ValueError) as error:
+        raise InputError(f"image={error}" if isinstance(error, InputError) else f"image={path}: {error}") from error
     return image
 
 

@@ -11,6 +11,7 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from embeddings_cache.images import Reading, decode_image, pad_pixels, reason_of, resize_longest_side
+from embeddings_cache.system import whole_file
 from embeddings_cache.teacher import TeacherEncoder
 from students import InputError
 
@@ -157,6 +158,21 @@ def read_photograph(path: Path, reading: Reading) -> np.ndarray:
         raise InputError(f"{path}: cannot be read: {reason_of(error)}") from error
 
 
-def write_map(path: Path, values: np.ndarray) -> None:
-    """A map in [0, 1] as a grey picture of 8 bits."""
-    Image.fromarray(np.round(values * 255).astype(np.uint8)).save(path, format="PNG")
+def pair(images: Sequence[Path], truths: Path, suffix: str) -> list[Paired]:
+    """Photographs with the files of their names in another folder.
+
+    Raises:
+        InputError: one is not there.
+    """
+    items = [Paired(path.stem, path, truths / f"{path.stem}{suffix}") for path in images]
+    if missing := [item.truth.name for item in items if not item.truth.exists()]:
+        raise InputError(f"{truths} has no {missing[0]}, nor the files of {len(missing) - 1} other images")
+    return items
+
+
+def write_map(path: Path, values: np.ndarray) -> np.ndarray:
+    """Keep a map in [0, 1] as a grey PNG of 8 bits; returns these levels, uint8 (H, W)."""
+    levels = np.round(values * 255).astype(np.uint8)
+    with whole_file(path) as temporary:
+        Image.fromarray(levels).save(temporary, format="PNG")
+    return levels

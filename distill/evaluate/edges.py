@@ -18,16 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from scipy.io import loadmat
 from segment_anything.utils.amg import batched_mask_to_box, build_point_grid
 from torchvision.ops import nms
 
 from distill.evaluate.boundaries import Counts, count_boundaries, summarize_counts, suppress_non_maxima, thresholds_of
-from distill.evaluate.decoding import Paired, Seen, Segmenter, read_photograph
+from distill.evaluate.decoding import Paired, Seen, Segmenter, pair, read_photograph, write_map
 from distill.reading import reading_of
 from distill.recipe import Recipe
-from embeddings_cache.system import whole_file
 from students import InputError
 
 COLUMNS = ("ODS", "OIS", "AP", "R50")
@@ -56,10 +54,7 @@ def find(recipe: Recipe) -> list[Paired]:
             images, truths = root / layout / "images" / split, root / layout / "groundTruth" / split
             found = sorted(path for path in images.glob("*") if path.suffix.lower() in PICTURES)
             if truths.is_dir() and found:
-                items = [Paired(path.stem, path, truths / f"{path.stem}.mat") for path in found]
-                if missing := [item.key for item in items if not item.truth.exists()]:
-                    raise InputError(f"{truths} has no {missing[0]}.mat, nor of {len(missing) - 1} other images")
-                return items
+                return pair(found, truths, ".mat")
     raise InputError(
         f"evaluate.data={root} is not laid out as BSDS500: images/test/*.jpg and groundTruth/test/*.mat, within it or "
         "within BSDS500/data/"
@@ -71,9 +66,7 @@ def measure(item: Paired, segmenter: Segmenter, recipe: Recipe, pictures: Path) 
     image, truths = read_photograph(item.image, reading_of(recipe)), read_boundaries(item.truth)
     if {truth.shape for truth in truths} != {image.shape[:2]}:
         raise InputError(f"{item.truth.name} is not of an image of {image.shape[1]}×{image.shape[0]} px")
-    levels = np.round(edge_map(segmenter.look(image)) * 255).astype(np.uint8)
-    with whole_file(pictures / f"{item.key}.png") as temporary:
-        Image.fromarray(levels).save(temporary, format="PNG")
+    levels = write_map(pictures / f"{item.key}.png", edge_map(segmenter.look(image)))
     counts = count_boundaries(levels / 255, truths, thresholds_of(recipe.evaluate.thresholds))
     return {name: values.tolist() for name, values in vars(counts).items()}
 

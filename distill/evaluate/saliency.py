@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from distill.evaluate.decoding import Paired, Segmenter, read_photograph, write_map
+from distill.evaluate.decoding import Paired, Segmenter, pair, read_photograph, write_map
 from distill.evaluate.everything import everything
 from distill.reading import reading_of
 from distill.recipe import Recipe
 from embeddings_cache.images import decode_rle
-from embeddings_cache.system import whole_file
 from students import InputError
 
 COLUMNS = ("MAE", "empty")
@@ -45,10 +44,7 @@ def find(recipe: Recipe) -> list[Paired]:
     for folder in (root, root / "DUTS-TE"):
         masks = folder / "DUTS-TE-Mask"
         if found := sorted((folder / "DUTS-TE-Image").glob("*.jpg")):
-            items = [Paired(path.stem, path, masks / f"{path.stem}.png") for path in found]
-            if missing := [item.truth.name for item in items if not item.truth.exists()]:
-                raise InputError(f"{masks} has no {missing[0]}, nor the masks of {len(missing) - 1} other images")
-            return items
+            return pair(found, masks, ".png")
     raise InputError(
         f"evaluate.data={root} is not laid out as DUTS: DUTS-TE-Image/*.jpg and DUTS-TE-Mask/*.png, within it or "
         "within DUTS-TE/"
@@ -65,8 +61,7 @@ def measure(item: Paired, segmenter: Segmenter, recipe: Recipe, pictures: Path) 
     if not found:
         return {"mae": 1.0, "dice": 0.0, "masks": 0}
     mask = max((decode_rle(each["segmentation"]) for each in found), key=lambda mask: dice(mask, truth))
-    with whole_file(pictures / f"{item.key}.png") as temporary:
-        write_map(temporary, mask)
+    write_map(pictures / f"{item.key}.png", mask)
     return {"mae": float((mask != truth).mean()), "dice": dice(mask, truth), "masks": len(found)}
 
 

@@ -124,7 +124,7 @@ def test_the_layout_is_looked_for(duts: Path) -> None:
     assert find(recipe_for(duts)) == find(recipe_for(duts / "DUTS-TE"))
     masks = duts / "DUTS-TE" / "DUTS-TE-Mask"
     (masks / f"ILSVRC_{SCENE}.png").unlink()
-    with pytest.raises(InputError, match=rf"DUTS-TE-Mask has no ILSVRC_{SCENE}\.png, nor the masks of 0 other images"):
+    with pytest.raises(InputError, match=rf"DUTS-TE-Mask has no ILSVRC_{SCENE}\.png, nor the files of 0 other images"):
         find(recipe_for(duts))
     with pytest.raises(InputError, match=r"evaluate\.data=.*DUTS-TE-Mask is not laid out as DUTS: DUTS-TE-Image/"):
         find(recipe_for(masks))
