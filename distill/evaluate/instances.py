@@ -162,7 +162,7 @@ def segment_boxes(
     meets = (within[:, 2:] > within[:, :2]).all(axis=1)
     masks: list[list[Any]] = []
     if meets.any():
-        chosen = [box for box, good in zip(boxes, meets, strict=False) if good]
+        chosen = [boxes[index] for index in np.flatnonzero(meets)]
         decoded = masks_of(segmenter.look(image), corners[meets], protocol)
         for box, (mask, predicted_iou) in zip(chosen, decoded, strict=True):
             score = box["score"] * (predicted_iou if protocol.score == "times_iou" else 1)
