@@ -148,7 +148,11 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
         if recipe.stage not in ("evaluate", *ON_REQUEST):
             refuse("evaluate.task", recipe.evaluate.task, " goes with stage=evaluate")
         if not isinstance(recipe.evaluate.data, str):
-            refuse("evaluate.data", recipe.evaluate.data, f": evaluate.task={recipe.evaluate.task} takes one folder")
+            refuse(
+                "evaluate.data",
+                recipe.evaluate.data,
+                f": evaluate.task={recipe.evaluate.task} takes one file or folder",
+            )
     for key, prompt, shape in (("point", recipe.point, "x,y"), ("box", recipe.box, "x0,y0,x1,y1")):
         if prompt is not None and not _is_prompt(prompt, shape):
             refuse(key, prompt, f" is not {shape} in pixels of the image")

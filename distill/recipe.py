@@ -92,6 +92,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
     except OmegaConfBaseException as error:
         raise InputError(f"{shown}: {first_line(error)}") from error
     assert isinstance(recipe, Recipe)
+    if _masks_of_prompts(recipe):
+        recipe = replace(recipe, evaluate=replace(recipe.evaluate, task="prompts"))
     check_recipe(recipe, lambda key: _origin(key, said) or shown)
     return recipe
 
@@ -157,6 +159,15 @@ def differences(recipe: Recipe, saved: Path) -> list[str]:
     now = OmegaConf.structured(recipe)
     pairs = ((key, OmegaConf.select(earlier, key), OmegaConf.select(now, key)) for key in SHAPES_THE_STUDENT)
     return [f"{key}: {then}, now {value}" for key, then, value in pairs if then != value]
+
+
+def _masks_of_prompts(recipe: Recipe) -> bool:
+    """Whether masks are asked for of what `evaluate.task=prompts` is for: a file of COCO's or LVIS's, or contestants
+    other than one student."""
+    data, contestants = recipe.evaluate.data, recipe.checkpoint
+    other = isinstance(contestants, list) or contestants == TEACHER
+    whole_set = isinstance(data, str) and data.endswith(".json")
+    return recipe.stage == "evaluate" and recipe.evaluate.task == "masks" and (whole_set or other)
 
 
 def _at_home(path: Any) -> Any:

@@ -74,13 +74,11 @@ def chosen_student(recipe: Recipe) -> Path:
     """The student to evaluate or export: `checkpoint`, or the run's own.
 
     Raises:
-        InputError: it is not there, or several are named.
+        InputError: it is not there, or the teacher.
     """
-    if isinstance(recipe.checkpoint, list):
-        raise InputError(f"checkpoint={recipe.checkpoint}: evaluate.task=masks takes one")
     (path,) = chosen_students(recipe)
     if path is None:
-        raise InputError(f"checkpoint={TEACHER}: evaluate.task=masks and other stages take a student")
+        raise InputError(f"checkpoint={TEACHER}: stage={recipe.stage} takes a student")
     return path
 
 

@@ -1,10 +1,12 @@
-"""Prompts: boxes and clicks from the annotations of COCO, LVIS or any set in their format, and how well masks fit.
+"""Prompts: boxes and clicks from the annotations of COCO, LVIS, SA-1B or any set like them, and how well masks fit.
 
 What MobileSAM's, EdgeSAM's, EfficientViT-SAM's and EfficientSAM's papers print: mean IoU over all masks, by the
 annotated box and by one to five clicks (`clicks.py`). Crowds do not count, nor objects that cover no pixel.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ from pycocotools import mask as coco_mask
 
 from distill.evaluate.clicks import MOST_CLICKS, fits_of_boxes, fits_of_clicks
 from distill.evaluate.coco import read_coco
-from distill.evaluate.decoding import PROMPTS_A_PASS, Segmenter
+from distill.evaluate.decoding import PROMPTS_A_PASS, Paired, Segmenter, read_photograph
 from distill.evaluate.instances import Pictured, photograph_of, pictures_of
 from distill.evaluate.masks import SIZES
+from distill.reading import reading_of
 from distill.recipe import Recipe
+from embeddings_cache.images import annotated_pictures, bounding_box, decode_masks, is_archive, usable_annotation
 from embeddings_cache.system import sha256
 from students import InputError
 
@@ -24,18 +28,33 @@ COLUMNS = ("box", "1 click", "2 clicks", "3 clicks", "4 clicks", "5 clicks")
 UNIT = "images"
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """An annotated object: its area in pixels as the set has it, its box (x0, y0, x1, y1), boolean (H, W)."""
+
+    area: float
+    box: tuple[float, float, float, float]
+    mask: np.ndarray
+
+
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """The file of annotations."""
-    return {"annotations": sha256(read_coco(Path(recipe.evaluate.data)).file)}
+    """The file of annotations, where one is of all images."""
+    data = Path(recipe.evaluate.data)
+    return {"annotations": None if _beside(data) else sha256(read_coco(data).file)}
 
 
-def find(recipe: Recipe) -> list[Pictured]:
-    """Those images of the set that have annotations, by id.
+def find(recipe: Recipe) -> list[Pictured] | list[Paired]:
+    """Those images of the set that have annotations: of a folder in which they lie beside pictures, as SA-1B's do, in
+    order of their names; else COCO's, by id.
 
     Raises:
         InputError: no such set, or none of its images has any.
     """
     data = Path(recipe.evaluate.data)
+    if is_archive(recipe.evaluate.data):
+        raise InputError(f"evaluate.data={data}: prompts are read from files; unpack it, and name the folder")
+    if beside := _beside(data):
+        return beside
     known = read_coco(data)
     items = [item for item in pictures_of(data) if item.id in known.annotations]
     if not items:
@@ -43,21 +62,21 @@ def find(recipe: Recipe) -> list[Pictured]:
     return items
 
 
-def measure(item: Pictured, segmenter: Segmenter, recipe: Recipe, pictures: Path) -> dict[str, Any]:
+def measure(item: Pictured | Paired, segmenter: Segmenter, recipe: Recipe, pictures: Path) -> dict[str, Any]:
     """Of each annotated object: `area` in pixels, the IoU by its `box`, and `clicks`, after each of them."""
-    image = photograph_of(item, recipe)
-    known = read_coco(item.coco)
-    annotations = [each for each in known.good_annotations(known.images[item.id]) if not each.get("iscrowd")]
-    drawn = [(each, mask) for each in annotations if (mask := _decode(each["segmentation"], image.shape[:2])).any()]
-    result: dict[str, list[Any]] = {"area": [each["area"] for each, _ in drawn], "box": [], "clicks": []}
-    if not drawn:
-        return result
-    seen = segmenter.look(image)
-    for start in range(0, len(drawn), PROMPTS_A_PASS):
-        some = drawn[start : start + PROMPTS_A_PASS]
-        truths = np.stack([mask for _, mask in some])
-        corners = np.array([_corners(each) for each, _ in some])
-        result["box"] += fits_of_boxes(seen, truths, corners)
+    if isinstance(item, Pictured):
+        image = photograph_of(item, recipe)
+        drawn = _of_coco(item)
+    else:
+        image = read_photograph(item.image, reading_of(recipe))
+        drawn = _of_file(item, (image.shape[0], image.shape[1]))
+    result: dict[str, list[Any]] = {"area": [], "box": [], "clicks": []}
+    seen = None
+    while some := list(islice(drawn, PROMPTS_A_PASS)):
+        seen = seen or segmenter.look(image)
+        truths = np.stack([each.mask for each in some])
+        result["area"] += [each.area for each in some]
+        result["box"] += fits_of_boxes(seen, truths, np.array([each.box for each in some]))
         result["clicks"] += [list(ious) for ious in zip(*fits_of_clicks(seen, truths, MOST_CLICKS), strict=True)]
     return result
 
@@ -80,6 +99,34 @@ def summarize(results: Mapping[str, dict[str, Any]], recipe: Recipe) -> dict[str
     }
 
 
+def _beside(data: Path) -> list[Paired]:
+    """Pictures of a folder that have their annotations beside them."""
+    return [Paired(*found) for found in annotated_pictures(str(data))] if data.is_dir() else []
+
+
+def _of_file(item: Paired, size: tuple[int, int]) -> Iterator[Drawn]:
+    """The objects of a picture's own annotation, SA-1B's or LabelMe's, as `stage=precompute` takes them.
+
+    Raises:
+        InputError: it has none.
+    """
+    reasons: list[str] = []
+    annotation = usable_annotation(item.truth.read_bytes(), size, reasons.append)
+    if annotation is None:
+        raise InputError(next(iter(reasons), f"{item.truth.name} lists no masks"))
+    for mask in decode_masks(annotation):
+        yield Drawn(int(mask.sum()), bounding_box(mask), mask)
+
+
+def _of_coco(item: Pictured) -> Iterator[Drawn]:
+    known = read_coco(item.coco)
+    said = known.images[item.id]
+    size = said["height"], said["width"]
+    for annotation in known.good_annotations(said):
+        if not annotation.get("iscrowd") and (mask := _decode(annotation["segmentation"], size)).any():
+            yield Drawn(annotation["area"], _corners(annotation), mask)
+
+
 def _corners(annotation: dict[str, Any]) -> tuple[float, float, float, float]:
     """(x0, y0, x1, y1) of an annotation's box.
 
@@ -93,7 +140,7 @@ def _corners(annotation: dict[str, Any]) -> tuple[float, float, float, float]:
     return x, y, x + width, y + height
 
 
-def _decode(drawn: Any, size: tuple[int, ...]) -> np.ndarray:
+def _decode(drawn: Any, size: tuple[int, int]) -> np.ndarray:
     """Polygons or an RLE as COCO draws them: boolean (H, W)."""
     if isinstance(drawn, list) or isinstance(drawn["counts"], list):
         drawn = coco_mask.frPyObjects(drawn, *size)

@@ -8,7 +8,6 @@ from distill.evaluate.masks import evaluate_masks
 from distill.evaluate.suite import check_task, evaluate_task
 from distill.needs import need_decoder, need_images, need_student
 from distill.recipe import Recipe
-from students import InputError
 
 
 def check(recipe: Recipe, before: Collection[str]) -> None:
@@ -18,11 +17,6 @@ def check(recipe: Recipe, before: Collection[str]) -> None:
             need_decoder(recipe)
         return
     need_decoder(recipe)
-    if isinstance(recipe.evaluate.data, str) and recipe.evaluate.data.endswith(".json"):
-        raise InputError(
-            f"evaluate.data={recipe.evaluate.data}: masks are measured on pictures that have their annotations beside "
-            "them; COCO's and LVIS's files are for evaluate.task=prompts"
-        )
     need_student(recipe, before)
     if recipe.evaluate.data is not None:
         need_images(recipe.evaluate.data, 1.0)

@@ -1,7 +1,9 @@
 """Pictures in: where they lie, reading and decoding them, what is known of them, and how they become encoder input."""
 
-from embeddings_cache.images.annotations import bounding_box, center_point, decode_masks
+from embeddings_cache.images.annotations import bounding_box, center_point, decode_masks, usable_annotation
+from embeddings_cache.images.archives import is_archive
 from embeddings_cache.images.decoding import AS_OPENCV, SIXTEEN_BIT, Reading, decode_image, decode_picture, reason_of
+from embeddings_cache.images.folders import annotated_pictures
 from embeddings_cache.images.polygons import CocoFile
 from embeddings_cache.images.preprocessing import (
     PIXEL_MEAN,
@@ -37,6 +39,7 @@ __all__ = [
     "Skipped",
     "SkippedSamples",
     "Survey",
+    "annotated_pictures",
     "assign_sources",
     "bounding_box",
     "center_point",
@@ -51,6 +54,7 @@ __all__ = [
     "fingerprint",
     "gather_notes",
     "generate_scene",
+    "is_archive",
     "keep_key",
     "listed",
     "look_through",
@@ -67,5 +71,6 @@ __all__ = [
     "sa1b_annotation",
     "scene_count",
     "to_encoder_input",
+    "usable_annotation",
     "write_scene_tars",
 ]

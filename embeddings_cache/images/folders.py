@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from embeddings_cache.images.names import ANNOTATION, is_picture, stem_of
+from embeddings_cache.images.names import ANNOTATION, Group, group_by_stem, is_picture, stem_of
 
 
 def is_pattern(source: str) -> bool:
@@ -32,6 +32,14 @@ def files_of(source: str) -> tuple[Path, list[str]]:
     annotations = [f"{stem_of(path)}.{ANNOTATION}" for path in pictures]
     files = [*pictures, *filter(os.path.isfile, dict.fromkeys(annotations))]
     return root, [Path(path).relative_to(root).as_posix() for path in files]
+
+
+def annotated_pictures(source: str) -> Iterator[tuple[str, Path, Path]]:
+    """Key, picture and annotation of those of a source's pictures that have one beside them."""
+    root, names = files_of(source)
+    for found in group_by_stem(names):
+        if isinstance(found, Group) and found.annotation is not None:
+            yield found.key, root / names[found.picture], root / names[found.annotation]
 
 
 def top_matches(pattern: str) -> list[str]:

@@ -144,6 +144,34 @@ def test_a_student_beside_its_teacher(coco: Layout, student: Path, tmp_path: Pat
     for column in COLUMNS:
         assert 0 < numbers["run"][column] < numbers["teacher"][column] <= 1
     assert numbers["teacher"]["5 clicks"] > numbers["teacher"]["1 click"]
-    masks = cli("stage=evaluate", f"checkpoint={student}", *where)
-    assert masks.returncode == 2
-    assert "COCO's and LVIS's files are for evaluate.task=prompts" in masks.stderr
+    again = cli("stage=evaluate", f"checkpoint=[{student}, teacher]", *where)  # masks, of a file of COCO's
+    assert "evaluation.json is current for prompts" in again.stdout, again.stderr
+    nobody = cli("stage=evaluate", f"checkpoint=[{student}, teacher]", where[1])
+    assert nobody.returncode == 2
+    assert "evaluate.data=None: evaluate.task=prompts takes one file or folder" in nobody.stderr
+
+
+def test_annotations_beside_pictures_are_the_same_objects(coco: Layout, teacher: Segmenter, tmp_path: Path) -> None:
+    """As SA-1B has them, a file a picture, in folders."""
+    root, _ = coco(1)
+    photos = tmp_path / "photos" / "sa_000001"
+    photos.mkdir(parents=True)
+    (picture,) = (root / "val2017").iterdir()
+    content = json.loads((root / "annotations" / "instances_val2017.json").read_text())
+    Image.open(picture).save(photos / "sa_1.png")
+    Image.open(picture).save(photos / "not_annotated.png")
+    (photos / "sa_1.json").write_text(json.dumps({"image": {}, "annotations": content["annotations"]}))
+    recipe, of_coco = recipe_of(tmp_path / "photos"), recipe_of(root)
+    (item,) = find(recipe)
+    assert (item.key, item.image.name) == ("sa_000001/sa_1", "sa_1.png")
+    result = measure(item, teacher, recipe, Path("unused"))
+    assert result == measure(*find(of_coco), teacher, of_coco, Path("unused"))
+    assert len(result["box"]) > 3
+    (photos / "sa_1.json").write_text('{"caption": "a scene"}')
+    with pytest.raises(InputError, match=r"sa_1\.json lists no masks"):
+        measure(item, teacher, recipe, Path("unused"))
+
+
+def test_archives_are_to_be_unpacked(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"sa_000001\.tar: prompts are read from files; unpack it"):
+        find(recipe_of(tmp_path / "sa_000001.tar"))
