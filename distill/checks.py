@@ -16,6 +16,8 @@ from distill.schema import (
     INPUTS,
     LOSSES,
     MASK_TARGETS,
+    NEWEST_OPSET,
+    OLDEST_OPSET,
     ON_REQUEST,
     ONE_OR_MORE,
     PRESETS,
@@ -103,6 +105,8 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
             for shown, value in said(key):
                 if value is not None and not holds(value):
                     refuse(shown, value, expected)
+    if not OLDEST_OPSET <= recipe.export.opset <= NEWEST_OPSET:
+        refuse("export.opset", recipe.export.opset, f" is not {OLDEST_OPSET} to {NEWEST_OPSET}")
     if not recipe.export.formats:
         refuse("export.formats", recipe.export.formats, " names no file to make")
     if recipe.image_size < 64 or recipe.image_size % 64:

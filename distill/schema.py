@@ -48,12 +48,17 @@ FORMATS = {
     "onnx_fp16": ("encoder_fp16.onnx",),
     "onnx_int8": ("encoder_int8.onnx",),
     "onnx_decoder": ("decoder.onnx", "decoder_multimask.onnx"),
-    "cvat": ("decoder_cvat.onnx",),
     "coreml": ("Encoder.mlpackage", "Decoder.mlpackage"),
     "coreml_8bit": ("Encoder_8bit.mlpackage",),
     "coreml_6bit": ("Encoder_6bit.mlpackage",),
+    "cvat": ("cvat",),
+    "anylabeling": ("anylabeling",),
+    "label_studio": ("label_studio",),
 }
 """What `export.formats` names, and the files that each makes."""
+
+OLDEST_OPSET, NEWEST_OPSET = 17, 20
+"""What `export.opset` may be: LayerNormalization came with the oldest."""
 
 INPUTS = ("sam", "native")
 """Of exported encoders: an image of `image_size`, or of `student.input_size`."""
@@ -205,6 +210,7 @@ class EvaluateRecipe:
 @dataclass
 class ExportRecipe:
     formats: list[str] = field(default_factory=lambda: list(DEFAULT_FORMATS))  # files to make; docs/export.md; or all
+    opset: int = 17  # of ONNX files, 17 to 20; what older runtimes know
     input: str = "sam"  # what encoders take: sam, image_size px; native, student.input_size px, for who resizes once
     images: int = 2  # held-out images that every file is compared with PyTorch on
     calibration_images: int = 8  # training images that give onnx_int8 the ranges of its activations

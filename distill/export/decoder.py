@@ -1,7 +1,7 @@
 """SAM's prompt encoder and mask decoder as one graph, for other runtimes.
 
 The contract is that of segment-anything's `SamOnnxModel`, so that whatever reads its decoder reads ours; what comes out
-is `SamPredictor`'s.
+is `SamPredictor`'s, also for what clients send that leave out or add something to that contract.
 """
 
 import math
@@ -33,9 +33,9 @@ class PromptDecoder(nn.Module):
 
     Args:
         sam: whose prompt encoder and mask decoder.
-        single: give one mask, as segment-anything's `return_single_mask`: a box alone, or up to one point and its
-            padding, counts as ambiguous, and of the three masks the one with the highest predicted IoU is taken; more
-            points are clear, and the first mask is.
+        single: give one mask, the one that `SamPredictor` is asked for: one click is ambiguous, and of the three masks
+            the one with the highest predicted IoU is taken; a box, or more clicks, are clear, and the first mask is.
+            `SamOnnxModel` counts tokens, so that a box without padding is ambiguous to it, and two clicks without.
     """
 
     prompt_encoder: PromptEncoder
@@ -65,7 +65,7 @@ class PromptDecoder(nn.Module):
             point_coords: float32 (1, N, 2), x and y in pixels of the resized image.
             point_labels: float32 (1, N): `FOREGROUND` and so on.
             mask_input: float32 (1, 1, 4h, 4w), an earlier low-resolution mask; without it there is none.
-            has_mask_input: float32 (1,), 1 where `mask_input` is to be heeded, else 0.
+            has_mask_input: float32 (1,), above 0 where `mask_input` is to be heeded.
 
         Returns:
             Logits (1, 4, 4h, 4w) and predicted IoUs (1, 4), the mask for clear prompts first; with `single`
@@ -74,7 +74,7 @@ class PromptDecoder(nn.Module):
         dense = self.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
         if mask_input is not None:
             embedded = self.prompt_encoder.mask_downscaling(mask_input)
-            dense = has_mask_input * embedded + (1 - has_mask_input) * dense
+            dense = torch.where(torch.as_tensor(has_mask_input) > 0, embedded, dense)
         masks, ious = self.mask_decoder.predict_masks(
             image_embeddings=image_embeddings,
             image_pe=self.image_pe,
@@ -84,8 +84,8 @@ class PromptDecoder(nn.Module):
         if not self.single:
             return masks, ious
         clear_first = torch.tensor([1000.0, 0.0, 0.0, 0.0])  # segment-anything's way to choose without a branch
-        points = torch.ones_like(point_labels).sum(dim=1)  # PyTorch 2.7's exporter cannot calculate with a shape
-        best = (ious + (points - 2.5) * clear_first).argmax(dim=1)
+        given = (point_labels >= 0).float().sum(dim=1)  # clicks, and corners of a box
+        best = (ious + (given - 1.5) * clear_first).argmax(dim=1)
         return masks.index_select(1, best), ious.index_select(1, best)
 
     def embed_points(self, coords: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """Export: every format that the recipe names, each proven before it is kept, and the manifest that describes them."""
 
+import re
+import shutil
 import time
 import traceback
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from distill.clients import write_client
 from distill.export.coreml import (
     BITS,
     DECODER,
@@ -19,7 +22,7 @@ from distill.export.coreml import (
     export_coreml_encoder,
 )
 from distill.export.encoder import RgbEncoder, calibration_pictures, validation_rows
-from distill.export.files import digest, remove, size
+from distill.export.files import digest, remove, size, whole_directory
 from distill.export.handover import write_readme
 from distill.export.onnx import (
     WEIGHTS_ALONE,
@@ -28,10 +31,13 @@ from distill.export.onnx import (
     export_int8_encoder,
     export_onnx_decoder,
     export_onnx_encoder,
+    export_picture_encoder,
     low_res_model,
+    marked,
+    picture_encoder_model,
 )
 from distill.export.proof import ParityError, Reference
-from distill.export.subject import Subject, is_untrained, load_subject, wanted_formats
+from distill.export.subject import Subject, is_untrained, load_subject, refusal, wanted_formats
 from distill.recipe import Recipe
 from distill.run import as_stored, chosen_student, is_current
 from distill.schema import FORMATS
@@ -96,7 +102,12 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
     if subject.note:
         say(f"export: {subject.note}")
     kept = clear(directory, inputs)
-    wanted = [name for kind in wanted_formats(recipe) for name in FORMATS[kind] if name not in kept]
+    formats = wanted_formats(recipe)
+    for kind in [kind for kind in formats if kind not in recipe.export.formats]:  # it was all that was asked for
+        if reason := refusal(kind, subject.image_size, subject.channels):
+            say(f"export: {reason}, and is left out")
+            formats.remove(kind)
+    wanted = [name for kind in formats for name in FORMATS[kind] if name not in kept]
     if recipe.export.input == "native" and subject.encoder is subject.whole:
         say(f"export: export.input=native changes nothing, for {subject.name} looks at all {subject.image_size} px")
     with conversions(recipe, wanted) as coreml:
@@ -180,31 +191,71 @@ def _but_for_formats(inputs: dict[str, Any]) -> dict[str, Any]:
 
 def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Reference) -> dict[str, Make]:
     """The function that makes each file; what several are made of is made once."""
-    encoder, size = RgbEncoder(subject.encoder).eval(), subject.image_size
+    encoder, size, opset = RgbEncoder(subject.encoder).eval(), subject.image_size, recipe.export.opset
     origin = Origin(subject.name, subject.teacher, subject.recipe)
-    onnx = cache(lambda: encoder_model(encoder, recipe.export.dynamic_batch))
-    low_res = cache(low_res_model)
+    onnx = cache(lambda: marked(encoder_model(encoder, recipe.export.dynamic_batch, opset), subject.fingerprint))
+    low_res = cache(lambda single: marked(low_res_model(subject.sam, single, opset), subject.fingerprint))
 
     def coreml_encoder(path: Path) -> dict[str, Any]:
         return export_coreml_encoder(coreml.model(path.name), reference, path, origin, BITS[path.name])
 
     def onnx_decoder(path: Path, single: bool = True, crop: bool = False) -> dict[str, Any]:
-        return export_onnx_decoder(decoder_model(low_res(subject.sam, single), crop), reference, path)
+        return export_onnx_decoder(decoder_model(low_res(single), crop), reference, path)
+
+    def picture_encoder(path: Path, uint8: bool) -> dict[str, Any]:
+        return export_picture_encoder(picture_encoder_model(onnx(), uint8), reference, path)
 
     def int8(path: Path) -> dict[str, Any]:
         pictures = [resize_longest_side(each, encoder.image_size) for each in calibration_pictures(recipe, size)]
         return export_int8_encoder(onnx(), reference, path, pictures)
 
+    def client(path: Path, functions: dict[str, Make]) -> dict[str, Any]:
+        """A tool's folder: files that are proven as any, and what the tool wants beside them."""
+        if reason := refusal(path.name, size, subject.channels):
+            raise InputError(reason)
+        with whole_directory(path) as folder:
+            described = {name: make(folder / name) for name, make in functions.items()}
+            facts = {"name": slug(subject.name), "title": subject.name, "fingerprint": subject.fingerprint or ""}
+            write_client(path.name, folder, {**facts, "size": size})
+        parity = next(iter(described.values()))["parity"]
+        return {"format": "folder", "precision": "float32", "files": described, "parity": parity}
+
+    encoder_file = Once(lambda path: export_onnx_encoder(onnx(), reference, path))
+    decoder_file = Once(onnx_decoder)
+    cropped = partial(onnx_decoder, crop=True)
+    pictured = {f"encoder_hwc{end}.onnx": partial(picture_encoder, uint8=bool(end)) for end in ("", "_uint8")}
     return {
-        "encoder.onnx": lambda path: export_onnx_encoder(onnx(), reference, path),
+        "encoder.onnx": encoder_file,
         "encoder_fp16.onnx": lambda path: export_onnx_encoder(onnx(), reference, path, float16=True),
         "encoder_int8.onnx": int8,
-        "decoder.onnx": onnx_decoder,
+        "decoder.onnx": decoder_file,
         "decoder_multimask.onnx": partial(onnx_decoder, single=False),
-        "decoder_cvat.onnx": partial(onnx_decoder, crop=True),
+        "cvat": partial(client, functions={"encoder.onnx": encoder_file, "decoder.onnx": cropped}),
+        "anylabeling": partial(client, functions={**pictured, "decoder.onnx": decoder_file}),
+        "label_studio": partial(client, functions={"encoder.onnx": encoder_file, "decoder.onnx": decoder_file}),
         **dict.fromkeys(BITS, coreml_encoder),
         DECODER: lambda path: export_coreml_decoder(coreml.model(path.name), reference, path, origin),
     }
+
+
+class Once:
+    """Makes and proves a file once, and copies it where else it is wanted."""
+
+    def __init__(self, make: Make) -> None:
+        self.make = make
+        self.made: tuple[Path, dict[str, Any]] | None = None
+
+    def __call__(self, path: Path) -> dict[str, Any]:
+        if self.made is not None and self.made[0].exists():
+            shutil.copyfile(self.made[0], path)
+            return self.made[1]
+        self.made = path, self.make(path)
+        return self.made[1]
+
+
+def slug(name: str) -> str:
+    """A name for files, functions and models of other programs: small letters, digits and underscores."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def file_line(name: str, entry: dict[str, Any]) -> str:

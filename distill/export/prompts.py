@@ -62,10 +62,9 @@ def predicted(predictor: SamPredictor, prompt: Prompt, single: bool) -> tuple[np
     def predict(multimask: bool) -> tuple[np.ndarray, ...]:
         return predictor.predict(**prompt, multimask_output=multimask, return_logits=True)
 
-    tokens = len(prompt.get("point_coords", ())) + (2 if "box" in prompt else 1)
     if not single:
         chosen = [np.concatenate(parts) for parts in zip(predict(False), predict(True), strict=True)]
-    elif tokens > 2:
+    elif "box" in prompt or len(prompt["point_coords"]) > 1:
         chosen = list(predict(False))
     else:
         three = predict(True)

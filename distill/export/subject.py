@@ -1,6 +1,7 @@
 """What is exported: an encoder from any checkpoint that loads, and the decoder that belongs to it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import nn
 from distill.recipe import Recipe
 from distill.run import chosen_student, other_teacher
 from distill.schema import FORMATS
-from embeddings_cache.teacher import inspect_teacher, load_teacher
+from embeddings_cache.teacher import inspect_teacher, load_teacher, weights_sha256
 from students import (
     InputError,
     StudentEncoder,
@@ -23,7 +24,9 @@ from students import (
     read_metadata,
 )
 
-NEED_MASKS = ("onnx_int8", "onnx_decoder", "cvat", "coreml", "coreml_8bit", "coreml_6bit")
+NEED_MASKS = (
+    "onnx_int8", "onnx_decoder", "coreml", "coreml_8bit", "coreml_6bit", "cvat", "anylabeling", "label_studio"
+)  # fmt: skip
 """Formats that hold a decoder, or whose proof needs one."""
 
 
@@ -48,6 +51,16 @@ class Subject:
     def image_size(self) -> int:
         """Side of the square image in whose pixels prompts are given."""
         return int(self.whole.img_size)  # type: ignore[arg-type]
+
+    @property
+    def channels(self) -> int | None:
+        """Of the embedding, as the decoder takes it; None where there is none."""
+        return self.sam.prompt_encoder.embed_dim if self.sam else None
+
+    @cached_property
+    def fingerprint(self) -> str | None:
+        """What encoder and decoder that belong together have in common; None where there is no decoder."""
+        return weights_sha256(self.sam)[:16] if self.sam else None
 
 
 def wanted_formats(recipe: Recipe) -> list[str]:
@@ -77,6 +90,16 @@ def check_formats(recipe: Recipe) -> None:
             f"export.formats: {', '.join(need)} needs the teacher's mask decoder: {where}; "
             "export.formats=[onnx, onnx_fp16] compares embeddings alone"
         )
+
+
+def refusal(kind: str, image_size: int, channels: int | None) -> str | None:
+    """Why a format cannot be made of a student, for images of a size and with so many channels, where it cannot."""
+    if kind in ("cvat", "anylabeling") and (image_size != 1024 or channels not in (256, None)):
+        return (
+            f"{kind} takes students of 1024 px and 256 channels, which its programs have written into them, and not of "
+            f"{image_size} px{f' and {channels} channels' if channels else ''}"
+        )
+    return None
 
 
 def is_untrained(path: Path) -> bool:

@@ -10,32 +10,40 @@ from jinja2 import Environment, StrictUndefined
 from distill.export.coreml import MAX_POINTS, PADDING_COLOUR
 from embeddings_cache.system import whole_file
 
+CLIENTS = {
+    "cvat": "CVAT's plugin for Segment Anything, a Nuclio function, and an agent for CVAT Online",
+    "anylabeling": "AnyLabeling, X-AnyLabeling and samexporter",
+    "label_studio": "a backend for Label Studio",
+}
+"""Folders among the files, and whom they are for."""
+
 
 def write_readme(path: Path, manifest: dict[str, Any]) -> None:
     """Describe an export's files, and how they are used from Python, JavaScript, Swift and TensorRT."""
     made = manifest["files"]
     encoders = [name for name in made if name.startswith("encoder")]
-    text = (
-        Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-        .from_string(_resource("README.md.jinja"))
-        .render(
-            manifest={"failures": [], **manifest},
-            made=made,
-            images_from=next((file["parity"].get("images_from") for file in made.values()), None),
-            size=manifest["student"]["image_size"],
-            side=manifest["student"]["input_size"],
-            rounded=PADDING_COLOUR,
-            max_points=MAX_POINTS,
-            onnx=[name for name in made if name.endswith(".onnx")],
-            packages=[name for name in made if name.endswith(".mlpackage")],
-            decoders=[name for name in made if name.lower().startswith("decoder")],
-            onnx_encoders=encoders,
-            dynamic=any(not isinstance(made[name]["inputs"]["image"]["shape"][0], int) for name in encoders),
-            on_a_mac=any("runtime" in file["parity"] for file in made.values()),
-            python=snippet("segment.py", manifest),
-            javascript=snippet("segment.mjs", manifest),
-            swift=snippet("Segment.swift", manifest),
-        )
+    jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    jinja.filters["code"] = "`{}`".format
+    text = jinja.from_string(_resource("README.md.jinja")).render(
+        manifest={"failures": [], **manifest},
+        made=made,
+        images_from=next((file["parity"].get("images_from") for file in made.values()), None),
+        size=manifest["student"]["image_size"],
+        side=manifest["student"]["input_size"],
+        rounded=PADDING_COLOUR,
+        max_points=MAX_POINTS,
+        onnx=[name for name in made if name.endswith(".onnx")],
+        packages=[name for name in made if name.endswith(".mlpackage")],
+        decoders=[name for name in made if name.lower().startswith("decoder")],
+        onnx_encoders=encoders,
+        onnx_decoders=[name for name in made if name.startswith("decoder")],
+        opset=next((file["opset"] for name, file in made.items() if name.endswith(".onnx")), None),
+        clients={name: whom for name, whom in CLIENTS.items() if name in made},
+        dynamic=any(not isinstance(made[name]["inputs"]["image"]["shape"][0], int) for name in encoders),
+        on_a_mac=any("runtime" in file["parity"] for file in made.values()),
+        python=snippet("segment.py", manifest),
+        javascript=snippet("segment.mjs", manifest),
+        swift=snippet("Segment.swift", manifest),
     )
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -1,8 +1,13 @@
 """ONNX: encoders and decoders as one file each, compared with PyTorch before they are kept."""
 
 from distill.export.onnx.decoder import decoder_model, export_onnx_decoder, low_res_model
-from distill.export.onnx.encoder import encoder_model, export_onnx_encoder
-from distill.export.onnx.file import open_session
+from distill.export.onnx.encoder import (
+    encoder_model,
+    export_onnx_encoder,
+    export_picture_encoder,
+    picture_encoder_model,
+)
+from distill.export.onnx.file import marked, open_session
 from distill.export.onnx.int8 import WEIGHTS_ALONE, export_int8_encoder
 
 __all__ = [
@@ -12,6 +17,9 @@ __all__ = [
     "export_int8_encoder",
     "export_onnx_decoder",
     "export_onnx_encoder",
+    "export_picture_encoder",
     "low_res_model",
+    "marked",
     "open_session",
+    "picture_encoder_model",
 ]

@@ -13,9 +13,11 @@ from segment_anything.modeling import Sam
 
 from distill.evaluate.ious import mask_iou
 from distill.export.decoder import VALUES, PromptDecoder
-from distill.export.onnx.file import OPSET, onnx_model, open_session
+from distill.export.onnx.file import onnx_model, open_session, opset_of
+from distill.export.onnx.opset import in_opset
 from distill.export.prompts import DECODER_IMAGES, Prompt, difference, place_embedding, points_of, predicted, prompts_of
 from distill.export.proof import Bounds, ParityError, Reference, within
+from distill.schema import OLDEST_OPSET
 from embeddings_cache.system import whole_file
 
 BOUNDS = Bounds(max_difference=1e-3, mask_miou=0.999, iou_difference=1e-3)
@@ -56,7 +58,7 @@ def export_onnx_decoder(model: onnx.ModelProto, reference: Reference, path: Path
         outputs |= dict.fromkeys(("xtl", "ytl", "xbr", "ybr"), side)
     return {
         "format": "onnx",
-        "opset": OPSET,
+        "opset": opset_of(model),
         "precision": "float32",
         "inputs": {
             "image_embeddings": {"shape": [1, channels, cells, cells], "dtype": "float32"},
@@ -67,7 +69,7 @@ def export_onnx_decoder(model: onnx.ModelProto, reference: Reference, path: Path
                 "dtype": "float32",
                 "values": "low_res_masks of an earlier answer, or zeros",
             },
-            "has_mask_input": {"shape": [1], "dtype": "float32", "values": "1 to heed mask_input, else 0"},
+            "has_mask_input": {"shape": [1], "dtype": "float32", "values": "above 0 to heed mask_input"},
             "orig_im_size": {"shape": [2], "dtype": "float32", "values": "height, width of the image"},
         },
         "outputs": outputs,
@@ -76,9 +78,9 @@ def export_onnx_decoder(model: onnx.ModelProto, reference: Reference, path: Path
     }
 
 
-def low_res_model(sam: Sam, single: bool) -> onnx.ModelProto:
-    """A decoder with segment-anything's inputs up to its low-resolution masks: one mask, chosen as segment-anything's
-    `return_single_mask` does, or all four."""
+def low_res_model(sam: Sam, single: bool, opset: int = OLDEST_OPSET) -> onnx.ModelProto:
+    """A decoder with segment-anything's inputs up to its low-resolution masks: one mask, chosen as `PromptDecoder`
+    does, or all four."""
     cells = sam.prompt_encoder.image_embedding_size[0]
     example = (
         torch.zeros(1, sam.prompt_encoder.embed_dim, cells, cells),
@@ -91,6 +93,7 @@ def low_res_model(sam: Sam, single: bool) -> onnx.ModelProto:
     return onnx_model(
         PromptDecoder(sam, single).eval(),
         example,
+        opset,
         input_names=["image_embeddings", "point_coords", "point_labels", "mask_input", "has_mask_input"],
         output_names=["low_res_masks", "iou_predictions"],
         dynamic_shapes=({}, {1: points}, {1: points}, {}, {}),
@@ -99,9 +102,10 @@ def low_res_model(sam: Sam, single: bool) -> onnx.ModelProto:
 
 def decoder_model(low_res: onnx.ModelProto, crop: bool = False) -> onnx.ModelProto:
     """A decoder of masks at the image's size, from a `low_res_model`; `crop`: of the object alone, as CVAT reads it."""
-    from distill.export.onnx.postprocess import append_postprocessing  # onnxscript takes half a second to load
+    from distill.export.onnx import postprocess  # onnxscript takes half a second to load
 
-    return append_postprocessing(low_res, crop)
+    whole = postprocess.append_postprocessing(postprocess.complete_prompts(low_res), crop)
+    return in_opset(whole, opset_of(low_res))
 
 
 def decoder_parity(session: onnxruntime.InferenceSession, reference: Reference) -> dict[str, Any]:

@@ -6,27 +6,36 @@ from typing import Any
 import onnx
 import onnxruntime
 import torch
+from onnx import helper
 from torch import nn
 
+from distill.export.onnx.opset import EXPORTED, in_opset
 from distill.export.quiet import quietly
 
-OPSET = 20
-"""Of every file; the runtimes of phones, browsers and TensorRT know it."""
+FINGERPRINT = "fingerprint"
+"""Key of a file's metadata: of encoder and decoder that belong together they have one value."""
 
 TWO_GIGABYTES = 2**31
 """What a protobuf, and so one ONNX file, may hold."""
 
 
-def onnx_model(module: nn.Module, example: tuple[torch.Tensor, ...], **options: Any) -> onnx.ModelProto:
-    """A module as an ONNX model, without what the exporter says and notes; `options` as for `torch.onnx.export`."""
+def onnx_model(module: nn.Module, example: tuple[torch.Tensor, ...], opset: int, **options: Any) -> onnx.ModelProto:
+    """A module as an ONNX model of an opset, without what the exporter says and notes; `options` as for
+    `torch.onnx.export`."""
+    exported = max(opset, EXPORTED)
     with quietly("torch.onnx", "onnxscript", "onnx_ir"), torch.no_grad():
-        program = torch.onnx.export(module, example, dynamo=True, verbose=False, opset_version=OPSET, **options)
+        program = torch.onnx.export(module, example, dynamo=True, verbose=False, opset_version=exported, **options)
     assert program is not None
     model = without_traces(program.model_proto)
-    (opset,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset != OPSET:
-        raise RuntimeError(f"the exporter made opset {opset}, not {OPSET}")
-    return model
+    (found,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if found != exported:
+        raise RuntimeError(f"the exporter made opset {found}, not {exported}")
+    return in_opset(model, opset)
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The opset of a model."""
+    return next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -34,6 +43,13 @@ def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
     for entry in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
         entry.ClearField("metadata_props")
         entry.ClearField("doc_string")
+    return model
+
+
+def marked(model: onnx.ModelProto, fingerprint: str | None) -> onnx.ModelProto:
+    """A model whose metadata say which encoder and decoder belong together."""
+    if fingerprint is not None:
+        helper.set_model_props(model, {FINGERPRINT: fingerprint})
     return model
 
 

@@ -24,7 +24,8 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from distill.export.encoder import pad_with_mean_colour
 from distill.export.onnx.encoder import describe_encoder, onnx_encode
-from distill.export.onnx.file import open_session
+from distill.export.onnx.file import open_session, opset_of
+from distill.export.onnx.opset import in_opset
 from distill.export.onnx.small_weights import with_float16_weights, with_int8_weights
 from distill.export.proof import Bounds, ParityError, Reference, within
 from distill.export.quiet import quietly
@@ -93,7 +94,9 @@ def export_int8_encoder(
         ranges = calibrate(prepared, Pictures(pictures, size))
         operators = len(quantizable(onnx.load(prepared)))
         for attempt, in_float in attempts(prepared, ranges, pad_with_mean_colour(pictures[0], size)):
-            onnx.save(attempt, temporary)
+            del attempt.metadata_props[:]  # the optimizer's
+            attempt.metadata_props.extend(model.metadata_props)
+            onnx.save(in_opset(attempt, opset_of(model)), temporary)
             parity = reference.parity(onnx_encode(temporary))
             try:
                 parity = within(path.name, parity, INT8)

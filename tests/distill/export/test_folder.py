@@ -128,7 +128,7 @@ def test_every_format_of_a_publishers_checkpoint(tmp_path: Path, cli: Cli) -> No
     result = cli(
         "stage=export",
         "checkpoint=edge_sam.pth",
-        "export.formats=[onnx, onnx_decoder, cvat, coreml]",
+        "export.formats=[onnx, onnx_decoder, coreml, cvat, anylabeling, label_studio]",
         "export.images=1",
         cwd=tmp_path,
     )
@@ -256,8 +256,11 @@ def test_a_decoder_needs_the_teachers_weights(
     monkeypatch.chdir(tmp_path)
     save_student(tmp_path / "s.safetensors", small_student(), {})
     asked = ["recipe=repvit_m2_3", f"run_dir={tmp_path / 'run'}", "checkpoint=s.safetensors"]
-    said = refused(capsys, *asked, "export.formats=[onnx, cvat, onnx_int8]")
-    assert "onnx_int8, cvat needs the teacher's mask decoder: checkpoints/sam_vit_h_4b8939.pth is not there" in said
+    said = refused(capsys, *asked, "export.formats=[onnx, onnx_decoder, onnx_int8]")
+    assert (
+        "onnx_int8, onnx_decoder needs the teacher's mask decoder: checkpoints/sam_vit_h_4b8939.pth is not there"
+        in said
+    )
     assert main(["stage=export", *asked, "export.formats=[onnx]"]) == 0  # embeddings alone are compared
     manifest = json.loads((tmp_path / "run" / "export" / "manifest.json").read_text())
     assert manifest["files"]["encoder.onnx"]["parity"]["mask_miou"] is None

@@ -19,7 +19,6 @@ import torch
 from PIL import Image, ImageOps
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
-from segment_anything.utils.onnx import SamOnnxModel
 
 from distill.evaluate.ious import mask_iou
 from distill.export.coreml.encoder import PADDING_COLOUR
@@ -70,48 +69,6 @@ for (const { pixels, width, height, prompts } of JSON.parse(readFileSync("images
 }
 writeFileSync("results.json", JSON.stringify(results));
 """
-
-CVAT_DRIVER = """
-import { readFileSync, writeFileSync } from "node:fs";
-import ort from "onnxruntime-node";
-import { plain } from "./plain.mjs";
-import { embed, resized } from "./segment.mjs";
-
-const float = (values, dims) => new ort.Tensor("float32", Float32Array.from(values), dims);
-const decoder = await ort.InferenceSession.create("decoder_cvat.onnx");
-const results = [];
-for (const { pixels, width, height } of JSON.parse(readFileSync("images.json"))) {
-  const scale = 128 / Math.max(width, height);
-  const clicks = [[0.4, 0.5, 1], [0.7, 0.6, 1], [0.1, 0.9, 0]].map(([x, y, l]) => [x * width, y * height, l]);
-  const image_embeddings = await embed(Buffer.from(pixels, "base64"), ...resized(width, height));
-  const answers = [];
-  let earlier = null;
-  for (let count = 1; count <= clicks.length; count++) {
-    const given = clicks.slice(0, count);
-    const feeds = {
-      image_embeddings,
-      point_coords: float(given.flatMap(([x, y]) => [x * scale, y * scale]), [1, count, 2]),
-      point_labels: float(given.map(([, , label]) => label), [1, count]),
-      orig_im_size: float([height, width], [2]),
-      mask_input: earlier ?? float(new Float32Array(32 * 32), [1, 1, 32, 32]),
-      has_mask_input: float([earlier ? 1 : 0], [1]),
-    };
-    const made = await decoder.run(feeds);
-    const { point_coords, point_labels, mask_input, has_mask_input, orig_im_size } = feeds;
-    answers.push({
-      feeds: [image_embeddings, point_coords, point_labels, mask_input, has_mask_input, orig_im_size].map(plain),
-      bounds: ["xtl", "ytl", "xbr", "ybr"].map((name) => Number(made[name].data[0])),
-      masks: plain(made.masks),
-      low_res_masks: plain(made.low_res_masks),
-    });
-    earlier = made.low_res_masks;
-  }
-  results.push(answers);
-}
-writeFileSync("results.json", JSON.stringify(results));
-"""
-"""What CVAT's plugin does (cvat-ui/plugins/sam/src/ts): no padding point, sides as numbers, and the last low-resolution
-mask given back at the next click."""
 
 
 @dataclass
@@ -188,9 +145,9 @@ def asked(image: np.ndarray, pixels: np.ndarray) -> dict[str, Any]:
 
 
 def best_mask(predictor: SamPredictor, prompt: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """`SamPredictor`'s mask (H, W) and low-resolution logits (1, 4h, 4w): of three after one point or a box alone, else
-    the one for clear prompts."""
-    ambiguous = len(prompt.get("point_coords", ())) + 2 * ("box" in prompt) + ("box" not in prompt) <= 2
+    """`SamPredictor`'s mask (H, W) and low-resolution logits (1, 4h, 4w): of three after one point alone, else the one
+    for clear prompts."""
+    ambiguous = len(prompt.get("point_coords", ())) == 1 and "box" not in prompt
     masks, ious, low_res = predictor.predict(**prompt, multimask_output=ambiguous)
     best = int(ious.argmax())
     return masks[best], low_res[best : best + 1]
@@ -217,7 +174,7 @@ def checkpoint(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def folder(checkpoint: Path, cli: Cli) -> Path:
     """An export with the decoders for ONNX."""
-    formats = "export.formats=[onnx, onnx_decoder, cvat]"
+    formats = "export.formats=[onnx, onnx_decoder]"
     result = cli("stage=export", f"checkpoint={checkpoint}", formats, "export.images=2", cwd=checkpoint.parent)
     assert result.returncode == 0, result.stderr
     return checkpoint.parent / "runs" / "student" / "export"
@@ -291,39 +248,6 @@ def test_javascript_segments_as_python_and_the_predictor_do(
             assert mask_iou(found["masks"][0, 0] > 0, expected) >= 0.99
             shares.append(expected.mean())
     assert 0.1 < np.median(shares) < 0.9  # or there would be nothing to compare
-
-
-@pytest.mark.slow
-@needs_node
-def test_cvats_plugin_finds_in_its_decoder_what_it_reads(sam: Sam, javascript: Path) -> None:
-    """Each answer against segment-anything's own ONNX model, executed by PyTorch on what the plugin gave."""
-    pictures = [picture(*size) for size in IMAGES.values()]
-    resized = [resize_longest_side(image, SIZE) for image in pictures]
-    results = run_node(javascript, CVAT_DRIVER, [asked(*pair) for pair in zip(pictures, resized, strict=True)])
-    upstream = SamOnnxModel(sam, return_single_mask=True)
-    shares = []
-    for image, answers in zip(pictures, results, strict=True):
-        height, width = image.shape[:2]
-        for number, answer in enumerate(answers):
-            feeds = [array(part) for part in answer["feeds"]]
-            assert feeds[1].shape == (1, number + 1, 2)
-            assert feeds[4] == (number > 0)
-            with torch.no_grad():
-                logits, _, low_res = upstream(*map(torch.tensor, feeds))
-            np.testing.assert_allclose(array(answer["low_res_masks"]), low_res.numpy(), rtol=0, atol=1e-3)
-
-            mask, (xtl, ytl, xbr, ybr) = array(answer["masks"]), answer["bounds"]
-            assert mask.shape == (1, 1, ybr - ytl + 1, xbr - xtl + 1)
-            assert mask.dtype == np.uint8
-            assert 0 <= xtl <= xbr < width
-            assert 0 <= ytl <= ybr < height
-            whole = np.zeros((height, width), dtype=bool)
-            whole[ytl : ybr + 1, xtl : xbr + 1] = mask[0, 0]
-            assert mask_iou(whole, logits[0, 0].numpy() > 0) >= 0.99
-            if mask.any():
-                assert all(edge.any() for edge in (mask[..., 0, :], mask[..., -1, :], mask[..., 0], mask[..., -1]))
-            shares.append(mask.size / (height * width))
-    assert min(shares) < 0.5
 
 
 @pytest.mark.slow
@@ -424,10 +348,12 @@ def test_the_readme_explains_only_what_was_exported(finished_run: Path, tmp_path
         return sections(rendered(manifest_of(finished_run, formats), tmp_path))
 
     always = ["How an image goes in", "Checking what arrived"]
-    assert of("onnx") == [always[0], "TensorRT", always[1]]
+    runtimes = "Which runtimes"
+    assert of("onnx") == [always[0], runtimes, "TensorRT", always[1]]
     assert of("coreml") == [always[0], "Which mask", "Swift", always[1]]
-    assert of("onnx", "onnx_decoder") == [always[0], "Which mask", "Python", "JavaScript", "TensorRT", always[1]]
-    assert "CVAT" in of("onnx", "cvat")
+    programs = ["Which mask", "Python", "JavaScript", runtimes, "TensorRT"]
+    assert of("onnx", "onnx_decoder") == [always[0], *programs, always[1]]
+    assert "Other programs" in of("onnx", "label_studio")
     assert "ONNX" not in rendered(manifest_of(finished_run, ("coreml",)), tmp_path)
 
 

@@ -1,0 +1,214 @@
+"""An exported encoder and decoder at work: pictures and clicks in, masks out; ONNX Runtime, NumPy and Pillow alone.
+
+This file is handed out beside `encoder.onnx` and `decoder.onnx`, and imports nothing of the project that made them.
+"""
+
+import hashlib
+import io
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MEAN = (123.675, 116.28, 103.53)
+"""What a picture is padded with: SAM's mean colour, which normalises to 0 inside the encoder."""
+
+MAX_PIXELS = 100_000_000
+"""Of a picture; more is refused before it is decoded."""
+
+FINGERPRINT = "fingerprint"
+"""Key of the files' metadata: encoder and decoder that belong together have one value."""
+
+
+class BadPicture(ValueError):
+    """What was sent is no picture that can be segmented, and why."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """An answer: boolean (H, W) of the picture, the decoder's own estimate of its IoU, and the low-resolution logits
+    (1, 1, 4h, 4w) that the next call takes as `earlier`."""
+
+    mask: np.ndarray
+    predicted_iou: float
+    low_res: np.ndarray
+
+
+class Segmenter:
+    """The two files of a folder, opened once; may be used from several threads.
+
+    Args:
+        folder: where `encoder.onnx` and `decoder.onnx` lie.
+        providers: ONNX Runtime's execution providers; default: CUDA where the installed build has it, and the CPU.
+        threads: of one run; default: ONNX Runtime's own choice.
+        cache_mb: embeddings that are kept, by the picture's content, the most recently used.
+
+    Raises:
+        RuntimeError: encoder and decoder do not belong together.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        providers: Sequence[str] | None = None,
+        threads: int = 0,
+        cache_mb: float = 256,
+    ) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        there = onnxruntime.get_available_providers()
+        chosen = [name for name in providers or ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there]
+        if "CUDAExecutionProvider" in chosen and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # CUDA's libraries where pip has put them
+        self.encoder, self.decoder = (
+            onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), options, providers=chosen)
+            for name in ("encoder", "decoder")
+        )
+        found = [session.get_modelmeta().custom_metadata_map.get(FINGERPRINT) for session in self._sessions()]
+        if None in found or len(set(found)) > 1:
+            raise RuntimeError(f"{folder}: encoder.onnx is of {found[0]}, decoder.onnx of {found[1]}: not one model")
+        self.fingerprint = str(found[0])
+        self.input_size = int(self.encoder.get_inputs()[0].shape[-1])
+        self.image_size = int(self._input("mask_input")[-1]) * 4
+        self.providers = self.encoder.get_providers()
+        self._kept: OrderedDict[bytes, tuple[np.ndarray, tuple[int, int]]] = OrderedDict()
+        self._room = int(cache_mb * 2**20)
+        self._lock = threading.Lock()
+
+    def look(self, encoded: bytes, upright: bool = True) -> tuple[np.ndarray, tuple[int, int]]:
+        """The embedding, float32 (1, C, h, w), and (width, height) of an encoded picture, from the cache if there.
+
+        Args:
+            encoded: a file's bytes, JPEG, PNG or whatever else Pillow reads.
+            upright: turn it as its EXIF orientation says, as browsers do.
+
+        Raises:
+            BadPicture: it cannot be read, or is too large.
+        """
+        key = hashlib.sha256(encoded).digest() + bytes([upright])
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        picture = read_picture(encoded, upright)
+        found = self.embed(picture), picture.size
+        with self._lock:
+            self._kept[key] = found
+            while len(self._kept) * found[0].nbytes > self._room and self._kept:
+                self._kept.popitem(last=False)
+        return found
+
+    def embed(self, picture: Image.Image) -> np.ndarray:
+        """The embedding, float32 (1, C, h, w), of an RGB picture; raises `BadPicture` where it is too elongated."""
+        side = self.input_size
+        pixels = np.empty((1, 3, side, side), np.float32)
+        pixels[:] = np.array(MEAN, np.float32)[:, None, None]
+        width, height = resized(picture.size, side)
+        small = picture.resize((width, height), Image.Resampling.BILINEAR)
+        pixels[0, :, :height, :width] = np.asarray(small).transpose(2, 0, 1)
+        return self.encoder.run(["image_embeddings"], {self.encoder.get_inputs()[0].name: pixels})[0]
+
+    def segment(
+        self,
+        embedding: np.ndarray,
+        size: tuple[int, int],
+        points: Sequence[Sequence[float]] = (),
+        labels: Sequence[int] = (),
+        box: Sequence[float] | None = None,
+        earlier: np.ndarray | None = None,
+    ) -> Mask:
+        """The mask of one object.
+
+        Args:
+            embedding: of the picture, from `look` or `embed`.
+            size: width and height of the picture.
+            points: x, y of clicks in pixels of the picture.
+            labels: 1 for each click on the object, 0 beside it.
+            box: x0, y0, x1, y1 in pixels of the picture.
+            earlier: `low_res` of an answer that this one corrects.
+        """
+        width, height = size
+        corners = [] if box is None else [box[:2], box[2:]]
+        coords = np.array([*corners, *points], np.float64).reshape(1, -1, 2)
+        coords = coords * np.array(resized(size, self.image_size)) / np.array(size)
+        kinds = [*([] if box is None else [2, 3]), *labels]
+        side = self.image_size // 4
+        feeds = {
+            "image_embeddings": embedding,
+            "point_coords": coords.astype(np.float32),
+            "point_labels": np.array([kinds], np.float32).reshape(1, -1),
+            "mask_input": np.zeros((1, 1, side, side), np.float32) if earlier is None else earlier,
+            "has_mask_input": np.array([earlier is not None], np.float32),
+            "orig_im_size": np.array([height, width], np.float32),
+        }
+        names = [output.name for output in self.decoder.get_outputs()]
+        found = dict(zip(names, self.decoder.run(names, feeds), strict=True))
+        mask = found["masks"][0, 0] > 0
+        if "xtl" in found:  # the object alone, and where it lies: CVAT's way
+            whole = np.zeros((height, width), bool)
+            left, top = int(found["xtl"][0]), int(found["ytl"][0])
+            whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+            mask = whole
+        return Mask(mask, float(found["iou_predictions"][0, 0]), found["low_res_masks"])
+
+    def warm_up(self) -> None:
+        """Run both once, so that the first request is as fast as the others."""
+        embedding = self.embed(Image.new("RGB", (64, 48)))
+        self.segment(embedding, (64, 48), [(32, 24)], [1])
+
+    def _sessions(self) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession]:
+        return self.encoder, self.decoder
+
+    def _input(self, name: str) -> list[int]:
+        return next(each.shape for each in self.decoder.get_inputs() if each.name == name)
+
+
+def read_picture(encoded: bytes, upright: bool = True) -> Image.Image:
+    """An RGB picture.
+
+    Raises:
+        BadPicture: it is none, is cut short, or has more than `MAX_PIXELS`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is our own
+            picture = Image.open(io.BytesIO(encoded))
+        if picture.format == "EPS":
+            raise BadPicture("PostScript is a program, which Pillow would have run")
+        if picture.width * picture.height > MAX_PIXELS:
+            raise BadPicture(f"{picture.width}×{picture.height} px are more than {MAX_PIXELS:,}")
+        picture.load()
+        return to_rgb(ImageOps.exif_transpose(picture) if upright else picture)
+    except BadPicture:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadPicture("not a picture of a kind that can be read") from error
+    except Exception as error:  # Pillow's decoders raise of many kinds for what is no picture
+        raise BadPicture(f"not a picture that can be read: {error}") from error
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode in RGB; of 16 bits the upper eight."""
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB")
+
+
+def resized(size: tuple[int, int], longest: int) -> tuple[int, int]:
+    """Width and height of a picture that is resized to a longest side, as SAM does it.
+
+    Raises:
+        BadPicture: the short side would have no pixel at all.
+    """
+    scale = longest / max(size)
+    width, height = int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+    if min(width, height) < 1:
+        raise BadPicture(f"{size[0]}×{size[1]} px are too elongated for a longest side of {longest} px")
+    return width, height
