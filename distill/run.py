@@ -14,7 +14,7 @@ from embeddings_cache.images import fingerprint
 from embeddings_cache.shards import CacheIdentity, EmbeddingsCache, identity_of, images_name, refuse_other_cache
 from embeddings_cache.system import read_json, whole_file, write_json
 from embeddings_cache.teacher import weights_sha256
-from students import InputError, read_metadata
+from students import InputError, is_our_student, read_metadata
 
 
 def claim_run_dir(recipe: Recipe) -> None:
@@ -80,6 +80,12 @@ def chosen_student(recipe: Recipe) -> Path:
     if path is None:
         raise InputError(f"checkpoint={TEACHER}: stage={recipe.stage} takes a student")
     return path
+
+
+def published_checkpoint(recipe: Recipe) -> Path | None:
+    """The chosen checkpoint, where it is there and no student of ours."""
+    path = Path(recipe.checkpoint) if recipe.checkpoint else None
+    return path if path is not None and path.exists() and not is_our_student(path) else None
 
 
 def chosen_students(recipe: Recipe) -> list[Path | None]:

@@ -214,6 +214,7 @@ def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Ref
         if reason := refusal(path.name, size, subject.channels):
             raise InputError(reason)
         with whole_directory(path) as folder:
+            folder.mkdir()
             described = {name: make(folder / name) for name, make in functions.items()}
             facts = {"name": slug(subject.name), "title": subject.name, "fingerprint": subject.fingerprint or ""}
             write_client(path.name, folder, {**facts, "size": size})

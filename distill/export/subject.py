@@ -9,7 +9,7 @@ from segment_anything.modeling import Sam
 from torch import nn
 
 from distill.recipe import Recipe
-from distill.run import chosen_student, other_teacher
+from distill.run import chosen_student, other_teacher, published_checkpoint
 from distill.schema import FORMATS
 from embeddings_cache.teacher import inspect_teacher, load_teacher, weights_sha256
 from students import (
@@ -73,9 +73,12 @@ def check_formats(recipe: Recipe) -> None:
     """Refuse formats that cannot be made here, before anything else is done.
 
     Raises:
-        InputError: coremltools is not installed, or there is no decoder.
+        InputError: coremltools is not installed, there is no decoder, or a program takes students of another size.
     """
     formats = wanted_formats(recipe)
+    for kind in recipe.export.formats if published_checkpoint(recipe) is None else ():
+        if reason := refusal(kind, recipe.image_size, None):
+            raise InputError(f"export.formats: {reason}")
     coreml = [name for name in formats if name.startswith("coreml")]
     if coreml and find_spec("coremltools") is None:
         raise InputError(
@@ -165,8 +168,7 @@ def _has_teacher(recipe: Recipe) -> bool:
 
 def _decoder_expected(recipe: Recipe) -> bool:
     """Whether there will be a decoder, as far as the files tell that are there already."""
-    own = Path(recipe.checkpoint) if recipe.checkpoint else None
-    if own is not None and own.exists() and not is_our_student(own):
-        return identify(own)[1]
+    if published := published_checkpoint(recipe):
+        return identify(published)[1]
     checkpoint = recipe.teacher.checkpoint
     return _has_teacher(recipe) and (checkpoint is None or inspect_teacher(checkpoint).has_decoder)

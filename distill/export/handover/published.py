@@ -8,14 +8,13 @@ from accelerate import Accelerator
 from distill.evaluate.masks import load_sams
 from distill.export.files import whole_directory
 from distill.recipe import Recipe
-from distill.run import chosen_student, other_teacher
+from distill.run import chosen_student, other_teacher, published_checkpoint
 from embeddings_cache.system import whole_file
 from students import (
     VITS,
     InputError,
     StudentEncoder,
     inspect_checkpoint,
-    is_our_student,
     load_checkpoint,
     load_student,
     published_name,
@@ -31,7 +30,7 @@ def convert(recipe: Recipe, accelerator: Accelerator) -> bool:
         InputError: there is none, or no other layout has a place for it.
     """
     if accelerator.is_main_process:
-        sam = sam_of_others(recipe)
+        sam = published_checkpoint(recipe)
         written = convert_sam(recipe, sam) if sam else convert_student(recipe, accelerator)
         accelerator.print(f"convert: {written}")
     accelerator.wait_for_everyone()
@@ -84,12 +83,6 @@ def convert_sam(recipe: Recipe, path: Path) -> Path:
         if not all(torch.equal(tensor, found[name]) for name, tensor in sam.state_dict().items()):
             raise RuntimeError("the converted SAM holds other weights")
     return written
-
-
-def sam_of_others(recipe: Recipe) -> Path | None:
-    """The chosen checkpoint, where it is there and no student of ours."""
-    path = Path(recipe.checkpoint) if recipe.checkpoint else None
-    return path if path is not None and path.exists() and not is_our_student(path) else None
 
 
 def check_sam(path: Path) -> None:

@@ -22,14 +22,13 @@ TWO_GIGABYTES = 2**31
 def onnx_model(module: nn.Module, example: tuple[torch.Tensor, ...], opset: int, **options: Any) -> onnx.ModelProto:
     """A module as an ONNX model of an opset, without what the exporter says and notes; `options` as for
     `torch.onnx.export`."""
-    exported = max(opset, EXPORTED)
     with quietly("torch.onnx", "onnxscript", "onnx_ir"), torch.no_grad():
-        program = torch.onnx.export(module, example, dynamo=True, verbose=False, opset_version=exported, **options)
+        program = torch.onnx.export(module, example, dynamo=True, verbose=False, opset_version=EXPORTED, **options)
     assert program is not None
     model = without_traces(program.model_proto)
     (found,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if found != exported:
-        raise RuntimeError(f"the exporter made opset {found}, not {exported}")
+    if found != EXPORTED:
+        raise RuntimeError(f"the exporter made opset {found}, not {EXPORTED}")
     return in_opset(model, opset)
 
 

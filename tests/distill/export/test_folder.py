@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -138,9 +139,28 @@ def test_every_format_of_a_publishers_checkpoint(tmp_path: Path, cli: Cli) -> No
     assert manifest["student"]["name"] == manifest["teacher"] == "repvit_m1_0-fuse"
     for name, entry in manifest["files"].items():
         assert entry["sha256"] == digest(directory / name)
-    sums = "cd Encoder.mlpackage && find . -type f | LC_ALL=C sort | xargs sha256sum | sha256sum"
-    printed = subprocess.run(sums, shell=True, cwd=directory, capture_output=True, text=True, check=True).stdout
-    assert printed.split()[0] == manifest["files"]["Encoder.mlpackage"]["sha256"]
+    for name in ("Encoder.mlpackage", "cvat"):
+        sums = f"cd {name} && find . -type f | LC_ALL=C sort | xargs sha256sum | sha256sum"
+        assert f"({sums.removesuffix(' | sha256sum')} | sha256sum)" in (directory / "README.md").read_text()
+        printed = subprocess.run(sums, shell=True, cwd=directory, capture_output=True, text=True, check=True).stdout
+        assert printed.split()[0] == manifest["files"][name]["sha256"]
+    marks = {
+        next(entry.value for entry in onnx.load(path).metadata_props if entry.key == "fingerprint")
+        for path in directory.rglob("*.onnx")
+    }
+    assert len(marks) == 1
+    assert len(list(directory.rglob("*.onnx"))) == 10
+
+
+def test_what_cvat_cannot_take_is_refused_at_once(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A student of 128 px: its programs have SAM's numbers written into them."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint = f"checkpoint={finished_run / 'run' / 'student.safetensors'}"
+    said = refused(capsys, checkpoint, "export.formats=[onnx, cvat]")
+    assert "cvat takes students of 1024 px and 256 channels, which its programs have written into them" in said
+    assert not list(tmp_path.rglob("*.onnx"))
 
 
 @pytest.mark.slow
