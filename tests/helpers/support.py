@@ -1,10 +1,14 @@
 """What several test files need by name."""
 
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+"""A browser, where there is one."""
 IMAGES = 24
 """Scenes in the shared tar."""
 

@@ -15,10 +15,11 @@ import time
 import urllib.error
 import urllib.request
 import venv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from embeddings_cache.images.scenes import generate_scene
 from published import read_peer, weights_by_rule
 from students import load_checkpoint
 from students.sam import untrained_sam
-from support import ROOT
+from support import CHROMIUM, ROOT
 
 SOURCE = ROOT / "distill" / "clients" / "cvat"
 FINGERPRINT = "f0e1d2c3b4a59687"
@@ -94,48 +95,109 @@ server.serve_forever()
 """A Nuclio worker: one event after the other, as its wrapper unpacks and answers them."""
 
 PLUGIN = """
-import { readFileSync, writeFileSync } from "node:fs";
-import * as module from "RUNTIME";
+const encoded = ({ data }) => btoa(Array.from(data, (byte) => String.fromCharCode(byte)).join(""));
 
-const ort = module.default ?? module;
-if (ort.env?.wasm) ort.env.wasm.numThreads = 1;
-const encoded = ({ data }) => Buffer.from(data.buffer, data.byteOffset, data.byteLength).toString("base64");
-const results = [];
-for (const { decoder, blob, width, height, steps } of JSON.parse(readFileSync("asked.json"))) {
-  const session = await ort.InferenceSession.create(Uint8Array.from(readFileSync(decoder)));
-  const embedding = new Float32Array(Uint8Array.from(Buffer.from(blob, "base64")).buffer);
-  const scale = 1024 / Math.max(width, height);
-  let seen = [];
-  let earlier = null;
-  for (const { box, on, off } of steps) {
-    const prompt = [
-      ...box.map(([x, y], corner) => ({ x, y, label: 2 + corner })),
-      ...on.map(([x, y]) => ({ x, y, label: 1 })),
-      ...off.map(([x, y]) => ({ x, y, label: 0 })),
-    ];
-    const mask = JSON.stringify(prompt.slice(0, -1)) === JSON.stringify(seen) ? earlier : null;
-    const made = await session.run({
-      image_embeddings: new ort.Tensor("float32", embedding, [1, 256, 64, 64]),
-      point_coords: new ort.Tensor(
-        "float32", Float32Array.from(prompt.flatMap(({ x, y }) => [x * scale, y * scale])), [1, prompt.length, 2]),
-      point_labels: new ort.Tensor("float32", Float32Array.from(prompt.map(({ label }) => label)), [1, prompt.length]),
-      orig_im_size: new ort.Tensor("float32", [height, width]),
-      mask_input: new ort.Tensor("float32", mask ?? new Float32Array(256 * 256), [1, 1, 256, 256]),
-      has_mask_input: new ort.Tensor("float32", [mask ? 1 : 0]),
-    });
-    const [left, top, right, bottom] = ["xtl", "ytl", "xbr", "ybr"].map((name) => Number(made[name].data[0]));
-    results.push({
-      again: mask !== null, bounds: [left, top, right, bottom], dims: made.masks.dims, type: made.masks.type,
-      mask: encoded(made.masks),
-    });
-    seen = prompt;
-    earlier = Float32Array.from(made.low_res_masks.data);
+export async function plugin(ort, asked, read) {
+  if (ort.env?.wasm) ort.env.wasm.numThreads = 1;
+  const results = [];
+  for (const { decoder, blob, width, height, steps } of asked) {
+    const session = await ort.InferenceSession.create(await read(decoder));
+    const embedding = new Float32Array(Uint8Array.from(atob(blob), (letter) => letter.charCodeAt(0)).buffer);
+    const scale = 1024 / Math.max(width, height);
+    let seen = [];
+    let earlier = null;
+    for (const { box, on, off } of steps) {
+      const prompt = [
+        ...box.map(([x, y], corner) => ({ x, y, label: 2 + corner })),
+        ...on.map(([x, y]) => ({ x, y, label: 1 })),
+        ...off.map(([x, y]) => ({ x, y, label: 0 })),
+      ];
+      const mask = JSON.stringify(prompt.slice(0, -1)) === JSON.stringify(seen) ? earlier : null;
+      const coords = Float32Array.from(prompt.flatMap(({ x, y }) => [x * scale, y * scale]));
+      const made = await session.run({
+        image_embeddings: new ort.Tensor("float32", embedding, [1, 256, 64, 64]),
+        point_coords: new ort.Tensor("float32", coords, [1, prompt.length, 2]),
+        point_labels: new ort.Tensor("float32", prompt.map(({ label }) => label), [1, prompt.length]),
+        orig_im_size: new ort.Tensor("float32", [height, width]),
+        mask_input: new ort.Tensor("float32", mask ?? new Float32Array(256 * 256), [1, 1, 256, 256]),
+        has_mask_input: new ort.Tensor("float32", [mask ? 1 : 0]),
+      });
+      const bounds = ["xtl", "ytl", "xbr", "ybr"].map((name) => Number(made[name].data[0]));
+      const { dims, type } = made.masks;
+      results.push({ again: mask !== null, bounds, dims, type, mask: encoded(made.masks) });
+      seen = prompt;
+      earlier = Float32Array.from(made.low_res_masks.data);
+    }
   }
+  return results;
 }
-writeFileSync("answered.json", JSON.stringify(results));
 """
 """What CVAT's plugin does between a click and a mask: no padding point, coordinates that are not rounded, and the last
 low-resolution mask where all prompts but the newest are those of the last time."""
+
+IN_NODE = """
+import { readFileSync, writeFileSync } from "node:fs";
+import * as module from "RUNTIME";
+import { plugin } from "./plugin.mjs";
+
+const read = async (file) => Uint8Array.from(readFileSync(file));
+const results = await plugin(module.default ?? module, JSON.parse(readFileSync("asked.json")), read);
+writeFileSync("answered.json", JSON.stringify(results));
+"""
+
+IN_A_PAGE = """<!doctype html>
+<script src="node_modules/RUNTIME/dist/ort.min.js"></script>
+<script type="module">
+  import { plugin } from "./plugin.mjs";
+  const read = async (file) => new Uint8Array(await (await fetch(file)).arrayBuffer());
+  ort.env.wasm.wasmPaths = new URL("node_modules/RUNTIME/dist/", location).href;
+  const asked = await (await fetch("asked.json")).json();
+  const results = await plugin(ort, asked, read).catch((error) => ({ error: String(error) }));
+  await fetch("answered.json", { method: "POST", body: JSON.stringify(results) });
+</script>
+"""
+
+
+class Pages(SimpleHTTPRequestHandler):
+    """Hands out a folder, and keeps what is posted."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        Path(self.directory, "answered.json").write_bytes(body)
+        self.send_response(204)
+        self.end_headers()
+        self.server.answered.set()  # type: ignore[attr-defined]
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def run_in_node(folder: Path, runtime: str) -> Any:
+    (folder / "run.mjs").write_text(IN_NODE.replace("RUNTIME", runtime))
+    done = subprocess.run(["node", "run.mjs"], cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "answered.json").read_text())
+
+
+def run_in_chromium(folder: Path, runtime: str) -> Any:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here")
+    (folder / "index.html").write_text(IN_A_PAGE.replace("RUNTIME", runtime))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Pages, directory=str(folder))) as server:
+        server.answered = threading.Event()  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        flags = [f"--user-data-dir={folder / 'profile'}", "--disable-background-networking", "--no-first-run"]
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *flags, "--remote-debugging-port=0"]
+        browser = subprocess.Popen(
+            [*command, f"http://127.0.0.1:{server.server_port}/"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            assert server.answered.wait(300)  # type: ignore[attr-defined]
+        finally:
+            browser.terminate()
+            browser.wait()
+            server.shutdown()
+    return json.loads((folder / "answered.json").read_text())
 
 
 @dataclass(frozen=True)
@@ -535,9 +597,18 @@ def bounds_of(mask: np.ndarray) -> list[int]:
 
 @pytest.mark.slow
 @needs_node
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(
+    ("run", "runtime"),
+    [(run_in_node, each) for each in RUNTIMES] + [(run_in_chromium, each) for each in RUNTIMES if "web" in each],
+)
 def test_cvats_plugin_makes_the_predictors_masks(
-    folder: Path, sam: Sam, empty_decoder: Path, node_modules: Path, tmp_path: Path, runtime: str
+    folder: Path,
+    sam: Sam,
+    empty_decoder: Path,
+    node_modules: Path,
+    tmp_path: Path,
+    run: Callable[[Path, str], Any],
+    runtime: str,
 ) -> None:
     segmenter = Segmenter(folder)
     asked = []
@@ -546,14 +617,16 @@ def test_cvats_plugin_makes_the_predictors_masks(
         blob = base64.b64encode(embedding.tobytes()).decode()
         shown = [vars(step) for step in steps(*size)]
         place = {"blob": blob, "height": size[0], "width": size[1]}
-        asked.append({"decoder": str(folder / "decoder.onnx"), "steps": shown, **place})
-    asked.append({"decoder": str(empty_decoder), "steps": shown[:2], **place})
+        asked.append({"decoder": "decoder.onnx", "steps": shown, **place})
+    asked.append({"decoder": "empty.onnx", "steps": shown[:2], **place})
     (tmp_path / "node_modules").symlink_to(node_modules)
+    (tmp_path / "decoder.onnx").symlink_to(folder / "decoder.onnx")
+    (tmp_path / "empty.onnx").symlink_to(empty_decoder)
     (tmp_path / "asked.json").write_text(json.dumps(asked))
-    (tmp_path / "plugin.mjs").write_text(PLUGIN.replace("RUNTIME", runtime))
-    done = subprocess.run(["node", "plugin.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    answers = iter(json.loads((tmp_path / "answered.json").read_text()))
+    (tmp_path / "plugin.mjs").write_text(PLUGIN)
+    answered = run(tmp_path, runtime)
+    assert isinstance(answered, list), answered
+    answers = iter(answered)
 
     predictor = SamPredictor(sam)
     ious, shares, again = [], [], 0

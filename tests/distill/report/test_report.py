@@ -16,9 +16,7 @@ from distill.report.results import report
 from distill.run import write_section
 from embeddings_cache.system import sha256
 from students import InputError
-from support import TINY, places
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+from support import CHROMIUM, TINY, places
 
 PROBE = """
 <script>
