@@ -5,6 +5,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from distill.export.onnx import (
     export_onnx_decoder,
     export_onnx_encoder,
     export_picture_encoder,
+    in_opset,
     low_res_model,
     marked,
     picture_encoder_model,
@@ -40,7 +42,7 @@ from distill.export.proof import ParityError, Reference
 from distill.export.subject import Subject, is_untrained, load_subject, refusal, wanted_formats
 from distill.recipe import Recipe
 from distill.run import as_stored, chosen_student, is_current
-from distill.schema import FORMATS
+from distill.schema import FORMATS, NEWEST_OPSET
 from embeddings_cache.images import resize_longest_side
 from embeddings_cache.shards import read_info
 from embeddings_cache.system import TEMPORARY, installed_versions, read_json, sha256, write_json
@@ -193,7 +195,10 @@ def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Ref
     """The function that makes each file; what several are made of is made once."""
     encoder, size, opset = RgbEncoder(subject.encoder).eval(), subject.image_size, recipe.export.opset
     origin = Origin(subject.name, subject.teacher, subject.recipe)
-    onnx = cache(lambda: marked(encoder_model(encoder, recipe.export.dynamic_batch, opset), subject.fingerprint))
+    exported = cache(
+        lambda: marked(encoder_model(encoder, recipe.export.dynamic_batch, NEWEST_OPSET), subject.fingerprint)
+    )
+    onnx = cache(lambda: in_opset(deepcopy(exported()), opset))
     low_res = cache(lambda single: marked(low_res_model(subject.sam, single, opset), subject.fingerprint))
 
     def coreml_encoder(path: Path) -> dict[str, Any]:
@@ -207,7 +212,7 @@ def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Ref
 
     def int8(path: Path) -> dict[str, Any]:
         pictures = [resize_longest_side(each, encoder.image_size) for each in calibration_pictures(recipe, size)]
-        return export_int8_encoder(onnx(), reference, path, pictures)
+        return export_int8_encoder(exported(), reference, path, pictures, opset)
 
     def client(path: Path, functions: dict[str, Make]) -> dict[str, Any]:
         """A tool's folder: files that are proven as any, and what the tool wants beside them."""

@@ -14,6 +14,7 @@ from torch.nn.functional import mse_loss
 from distill.export.encoder import RgbEncoder
 from distill.export.onnx import encoder_model
 from distill.export.proof import Reference
+from distill.schema import NEWEST_OPSET
 from embeddings_cache.images.preprocessing import pad_pixels, resize_longest_side, to_encoder_input
 from embeddings_cache.images.scenes import generate_scene, sa1b_annotation
 from embeddings_cache.shards.codec import CacheRow, encode_pixels
@@ -72,9 +73,9 @@ def reference_of(name: str = "repvit_m0_9", downsample: str = "stride1") -> Refe
 
 
 @cache
-def onnx_of(name: str = "repvit_m0_9", downsample: str = "stride1") -> onnx.ModelProto:
+def onnx_of(name: str = "repvit_m0_9", downsample: str = "stride1", opset: int = NEWEST_OPSET) -> onnx.ModelProto:
     """A small student as an ONNX model; not to be changed."""
-    return encoder_model(RgbEncoder(small_student(name, downsample)).eval())
+    return encoder_model(RgbEncoder(small_student(name, downsample)).eval(), opset=opset)
 
 
 def reference(encoder: nn.Module, images: int = 2) -> Reference:

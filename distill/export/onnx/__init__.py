@@ -9,6 +9,7 @@ from distill.export.onnx.encoder import (
 )
 from distill.export.onnx.file import marked, open_session
 from distill.export.onnx.int8 import WEIGHTS_ALONE, export_int8_encoder
+from distill.export.onnx.opset import in_opset
 
 __all__ = [
     "WEIGHTS_ALONE",
@@ -18,6 +19,7 @@ __all__ = [
     "export_onnx_decoder",
     "export_onnx_encoder",
     "export_picture_encoder",
+    "in_opset",
     "low_res_model",
     "marked",
     "open_session",

@@ -24,11 +24,12 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from distill.export.encoder import pad_with_mean_colour
 from distill.export.onnx.encoder import describe_encoder, onnx_encode
-from distill.export.onnx.file import open_session, opset_of
+from distill.export.onnx.file import open_session
 from distill.export.onnx.opset import in_opset
 from distill.export.onnx.small_weights import with_float16_weights, with_int8_weights
 from distill.export.proof import Bounds, ParityError, Reference, within
 from distill.export.quiet import quietly
+from distill.schema import OLDEST_OPSET
 from embeddings_cache.system import TEMPORARY, iterate_ahead, whole_file
 
 INT8 = Bounds(relative_error=0.15, mask_miou=0.98)
@@ -65,16 +66,21 @@ class Pictures(CalibrationDataReader):
 
 
 def export_int8_encoder(
-    model: onnx.ModelProto, reference: Reference, path: Path, pictures: list[np.ndarray]
+    model: onnx.ModelProto,
+    reference: Reference,
+    path: Path,
+    pictures: list[np.ndarray],
+    opset: int = OLDEST_OPSET,
 ) -> dict[str, Any]:
     """Write an ONNX encoder in 8 bits; where its masks differ too much from PyTorch's, layers go back to float, those
     that matter most first, until they do not. Where most of them are not enough, only weights are in 8 bits.
 
     Args:
-        model: from `encoder_model`.
+        model: from `encoder_model`, of the newest opset: activations that are spelled out would be quantised in parts.
         reference: what PyTorch makes of some images, with a decoder.
         path: of the file.
         pictures: RGB uint8 (h, w, 3) to find the ranges of activations with; not those of the reference.
+        opset: of the file.
 
     Returns:
         Inputs, outputs, parity, and the names of the operators that stayed float, for the manifest.
@@ -96,7 +102,7 @@ def export_int8_encoder(
         for attempt, in_float in attempts(prepared, ranges, pad_with_mean_colour(pictures[0], size)):
             del attempt.metadata_props[:]  # the optimizer's
             attempt.metadata_props.extend(model.metadata_props)
-            onnx.save(in_opset(attempt, opset_of(model)), temporary)
+            onnx.save(in_opset(attempt, opset), temporary)
             parity = reference.parity(onnx_encode(temporary))
             try:
                 parity = within(path.name, parity, INT8)

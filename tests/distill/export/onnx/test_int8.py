@@ -14,6 +14,7 @@ from distill.export.onnx.file import open_session
 from distill.export.onnx.int8 import export_int8_encoder
 from distill.export.onnx.small_weights import with_float16_weights, with_int8_weights
 from distill.export.proof import Bounds, ParityError, Reference
+from distill.schema import NEWEST_OPSET
 from exports import onnx_of, reference_of, scene_row, small_student
 
 Model = tuple[onnx.ModelProto, Reference]
@@ -177,7 +178,7 @@ def test_weights_in_float16_take_half_the_space_and_no_time(repvit: Model, tmp_p
 def test_a_dynamic_batch_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "INT8", Bounds())
     path = tmp_path / "encoder_int8.onnx"
-    model = encoder_model(RgbEncoder(small_student()).eval(), dynamic_batch=True)
+    model = encoder_model(RgbEncoder(small_student()).eval(), dynamic_batch=True, opset=NEWEST_OPSET)
     export_int8_encoder(model, reference_of(), path, pictures())
     images = np.concatenate([pad_with_mean_colour(picture, 128) for picture in pictures(3)])
     singly = np.concatenate([open_session(path).run(None, {"image": image[None]})[0] for image in images])
