@@ -148,6 +148,8 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
             refuse(key, value, " is neither text nor a list of texts")
     if recipe.stage != "evaluate" and isinstance(recipe.checkpoint, list):
         refuse("checkpoint", recipe.checkpoint, f": stage={recipe.stage} takes one; stage=evaluate compares several")
+    if recipe.stage != "evaluate" and str(recipe.evaluate.data).endswith(".json"):
+        refuse("evaluate.data", recipe.evaluate.data, f" goes with stage=evaluate; stage={recipe.stage} takes pictures")
     if recipe.evaluate.task != "masks":
         if recipe.stage not in ("evaluate", *ON_REQUEST):
             refuse("evaluate.task", recipe.evaluate.task, " goes with stage=evaluate")

@@ -165,7 +165,7 @@ def _masks_of_prompts(recipe: Recipe) -> bool:
     """Whether masks are asked for of what `evaluate.task=prompts` is for: a file of COCO's or LVIS's, or contestants
     other than one student."""
     data, contestants = recipe.evaluate.data, recipe.checkpoint
-    other = isinstance(contestants, list) or contestants == TEACHER
+    other = (isinstance(contestants, list) and len(contestants) > 1) or contestants in (TEACHER, [TEACHER])
     whole_set = isinstance(data, str) and data.endswith(".json")
     return recipe.stage == "evaluate" and recipe.evaluate.task == "masks" and (whole_set or other)
 

@@ -183,11 +183,18 @@ def is_current(result: Path, inputs: dict[str, Any], accelerator: Accelerator, s
     content = (read_section(result, section) if section else read_json(result)) if result.exists() else None
     content = content or {}
     current = content.get("made_from") == as_stored(inputs)
-    current = current and all((result.parent / name).exists() for name in content.get("files", ()))
+    listed = content.get("files", {})
+    described = listed if isinstance(listed, dict) else {name: {} for name in listed}
+    current = current and all(is_whole(result.parent / name, entry) for name, entry in described.items())
     accelerator.wait_for_everyone()
     if current:
         accelerator.print(f"{result} is current" + (f" for {section}" if section else ""))
     return current
+
+
+def is_whole(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether a file of a manifest is there; of a folder, whether all of its `contents` are."""
+    return path.exists() and all((path / name).exists() for name in entry.get("contents", ()))
 
 
 def read_section(path: Path, name: str) -> dict[str, Any] | None:

@@ -48,6 +48,7 @@ class Segmenter:
         providers: ONNX Runtime's execution providers; default: CUDA where the installed build has it, and the CPU.
         threads: of one run; default: ONNX Runtime's own choice.
         cache_mb: embeddings that are kept, by the picture's content, the most recently used.
+        decoder: one that lies elsewhere.
 
     Raises:
         RuntimeError: encoder and decoder do not belong together.
@@ -59,6 +60,7 @@ class Segmenter:
         providers: Sequence[str] | None = None,
         threads: int = 0,
         cache_mb: float = 256,
+        decoder: Path | None = None,
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -68,8 +70,8 @@ class Segmenter:
         if "CUDAExecutionProvider" in chosen and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # CUDA's libraries where pip has put them
         self.encoder, self.decoder = (
-            onnxruntime.InferenceSession(str(folder / f"{name}.onnx"), options, providers=chosen)
-            for name in ("encoder", "decoder")
+            onnxruntime.InferenceSession(str(file), options, providers=chosen)
+            for file in (folder / "encoder.onnx", decoder or folder / "decoder.onnx")
         )
         found = [session.get_modelmeta().custom_metadata_map.get(FINGERPRINT) for session in self._sessions()]
         if None in found or len(set(found)) > 1:
@@ -185,7 +187,9 @@ def read_picture(encoded: bytes, upright: bool = True) -> Image.Image:
         if picture.width * picture.height > MAX_PIXELS:
             raise BadPicture(f"{picture.width}×{picture.height} px are more than {MAX_PIXELS:,}")
         picture.load()
-        return to_rgb(ImageOps.exif_transpose(picture) if upright else picture)
+        if upright:
+            ImageOps.exif_transpose(picture, in_place=True)
+        return to_rgb(picture)
     except BadPicture:
         raise
     except UnidentifiedImageError as error:
@@ -197,8 +201,10 @@ def read_picture(encoded: bytes, upright: bool = True) -> Image.Image:
 def to_rgb(picture: Image.Image) -> Image.Image:
     """A picture of any mode in RGB; of 16 bits the upper eight."""
     if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    return picture.convert("RGB")
+        levels = np.asarray(picture)
+        levels = levels if levels.dtype == np.uint16 else levels.clip(0, 2**16 - 1).astype(np.uint16)
+        picture = Image.fromarray((levels >> 8).astype(np.uint8))
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def resized(size: tuple[int, int], longest: int) -> tuple[int, int]:

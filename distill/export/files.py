@@ -33,7 +33,7 @@ def remove(path: Path) -> None:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file; of a directory, that of `sha256sum`'s lines for its files, sorted by path:
-    `cd PATH && find . -type f | LC_ALL=C sort | xargs sha256sum | sha256sum`."""
+    `cd PATH && find . -type f ! -path '*/__pycache__/*' | LC_ALL=C sort | xargs sha256sum | sha256sum`."""
     if path.is_file():
         return sha256(path)
     lines = [f"{sha256(member)}  ./{member.relative_to(path).as_posix()}\n" for member in _members(path)]
@@ -46,5 +46,5 @@ def size(path: Path) -> int:
 
 
 def _members(directory: Path) -> list[Path]:
-    found = [path for path in directory.rglob("*") if path.is_file()]
+    found = [path for path in directory.rglob("*") if path.is_file() and path.parent.name != "__pycache__"]
     return sorted(found, key=lambda path: path.relative_to(directory).as_posix().encode())

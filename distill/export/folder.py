@@ -41,7 +41,7 @@ from distill.export.onnx import (
 from distill.export.proof import ParityError, Reference
 from distill.export.subject import Subject, is_untrained, load_subject, refusal, wanted_formats
 from distill.recipe import Recipe
-from distill.run import as_stored, chosen_student, is_current
+from distill.run import as_stored, chosen_student, is_current, is_whole
 from distill.schema import FORMATS, NEWEST_OPSET
 from embeddings_cache.images import resize_longest_side
 from embeddings_cache.shards import read_info
@@ -180,8 +180,9 @@ def clear(directory: Path, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     manifest = directory / "manifest.json"
     earlier = read_json(manifest) if manifest.exists() else {}
     if _but_for_formats(earlier.get("made_from", {})) == _but_for_formats(as_stored(inputs)):
-        return {name: entry for name, entry in earlier["files"].items() if (directory / name).exists()}
-    for stale in ("manifest.json", "README.md", *(name for names in FORMATS.values() for name in names)):
+        return {name: entry for name, entry in earlier["files"].items() if is_whole(directory / name, entry)}
+    ours = [name for names in FORMATS.values() for name in names]
+    for stale in ("manifest.json", "README.md", "decoder_cvat.onnx", *ours):  # the last of an earlier version
         remove(directory / stale)
     return {}
 
@@ -223,8 +224,15 @@ def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Ref
             described = {name: make(folder / name) for name, make in functions.items()}
             facts = {"name": slug(subject.name), "title": subject.name, "fingerprint": subject.fingerprint or ""}
             write_client(path.name, folder, {**facts, "size": size})
+            contents = sorted(file.name for file in folder.iterdir())
         parity = next(iter(described.values()))["parity"]
-        return {"format": "folder", "precision": "float32", "files": described, "parity": parity}
+        return {
+            "format": "folder",
+            "precision": "float32",
+            "contents": contents,
+            "files": described,
+            "parity": parity,
+        }
 
     encoder_file = Once(lambda path: export_onnx_encoder(onnx(), reference, path))
     decoder_file = Once(onnx_decoder)
@@ -252,10 +260,12 @@ class Once:
         self.made: tuple[Path, dict[str, Any]] | None = None
 
     def __call__(self, path: Path) -> dict[str, Any]:
-        if self.made is not None and self.made[0].exists():
+        if self.made is None or not self.made[0].exists():
+            described = self.make(path)
+            folder = path.parent.with_name(path.parent.name.removeprefix(TEMPORARY))  # which it is called in the end
+            self.made = folder / path.name, described
+        else:
             shutil.copyfile(self.made[0], path)
-            return self.made[1]
-        self.made = path, self.make(path)
         return self.made[1]
 
 

@@ -43,8 +43,7 @@ def check(encoder_file: Path, decoder_file: Path) -> str:
         raise ValueError(
             f"{encoder_file} is of model {ours}, {decoder_file} of {theirs}: they make wrong masks together"
         )
-    segmenter = Segmenter(encoder_file.parent)
-    segmenter.decoder = decoder
+    segmenter = Segmenter(encoder_file.parent, decoder=decoder_file)
     return f"encoder and decoder are of one model, {ours}, in CVAT's shape (1, 256, 64, 64); {try_out(segmenter)}"
 
 

@@ -198,7 +198,8 @@ def _origin(url: str) -> tuple[str, str, int] | None:
         return None
     try:
         parts = urllib.parse.urlsplit(url)
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        usual = {"http": 80, "https": 443}[parts.scheme]
+        port = parts.port or usual
     except (ValueError, KeyError):
         return None
     return (parts.scheme, parts.hostname, port) if parts.hostname and "@" not in parts.netloc else None

@@ -181,15 +181,12 @@ def picture_of(image: ImageTag, data: Any, index: int | None) -> str:
 
 
 def _kind(region: dict[str, Any]) -> str | None:
-    kind = str(region.get("type")).lower()
-    value = region.get("value")
-    if not isinstance(value, dict):
+    """`keypoint` or `rectangle`; None for what is no prompt, such as a relation between regions."""
+    said = str(region.get("type")).lower()
+    kind = next((kind for kind in ("keypoint", "rectangle") if said.startswith(kind)), None)
+    if kind and not isinstance(region.get("value"), dict):
         raise Refused("a region has no value")
-    if kind.startswith("keypoint"):
-        return "keypoint"
-    if kind.startswith("rectangle"):
-        return "rectangle"
-    return None
+    return kind
 
 
 def _number(value: dict[str, Any], key: str) -> float:

@@ -29,6 +29,9 @@ from segmenter import BadPicture, Segmenter
 MOST_REQUEST_BYTES = 256 * 2**20
 """A request for a prediction holds whole tasks, with pictures in `data:` URIs and the annotations that there are."""
 
+MOST_DROPPED_BYTES = 32 * 2**20
+"""Of the body of a request that is refused unread."""
+
 IDLE_SECONDS = 60
 """How long a connection may keep silent."""
 
@@ -84,6 +87,8 @@ class Handler(BaseHTTPRequestHandler):
 
     server: Server
     timeout = IDLE_SECONDS
+    read = False
+    """Whether the body was."""
     server_version = "label-studio-backend"
     sys_version = ""
 
@@ -109,6 +114,8 @@ class Handler(BaseHTTPRequestHandler):
             except Exception as error:  # of one request; the others must not suffer
                 log.exception("%s", self.path)
                 status, reason = 500, f"internal error: {type(error).__name__}"
+            if reason:
+                self._drop_body()
             self._send(status, self.server.backend.refusal(reason) if reason else answer, reason)
             took = time.monotonic() - started
             log.info(
@@ -144,6 +151,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused("there is no Content-Length", 411)
         if int(length) > MOST_REQUEST_BYTES:
             raise Refused(f"{length} bytes are more than {MOST_REQUEST_BYTES}", 413)
+        self.read = True
         try:
             body = json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
@@ -151,6 +159,14 @@ class Handler(BaseHTTPRequestHandler):
         if not isinstance(body, dict):
             raise Refused("the request is no JSON object")
         return body
+
+    def _drop_body(self) -> None:
+        """Read what a refused request still sends: a client that is sending hears nothing."""
+        length = self.headers.get("Content-Length", "")
+        left = min(int(length), MOST_DROPPED_BYTES) if length.isdecimal() and len(length) < 16 and not self.read else 0
+        while left > 0 and (chunk := self.rfile.read(min(left, 2**16))):
+            left -= len(chunk)
+        self.close_connection = True
 
     def _send(self, status: int, answer: dict[str, Any], reason: str) -> None:
         body = json.dumps(answer).encode()

@@ -21,6 +21,7 @@ CLIENTS = {
 def write_readme(path: Path, manifest: dict[str, Any]) -> None:
     """Describe an export's files, and how they are used from Python, JavaScript, Swift and TensorRT."""
     made = manifest["files"]
+    files = made | {f"{folder}/{name}": file for folder in made for name, file in made[folder].get("files", {}).items()}
     encoders = [name for name in made if name.startswith("encoder")]
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     jinja.filters["code"] = "`{}`".format
@@ -34,10 +35,10 @@ def write_readme(path: Path, manifest: dict[str, Any]) -> None:
         max_points=MAX_POINTS,
         onnx=[name for name in made if name.endswith(".onnx")],
         packages=[name for name in made if name.endswith(".mlpackage")],
-        decoders=[name for name in made if name.lower().startswith("decoder")],
+        decoders=[name for name in files if name.rsplit("/")[-1].lower().startswith("decoder")],
         onnx_encoders=encoders,
         onnx_decoders=[name for name in made if name.startswith("decoder")],
-        opset=next((file["opset"] for name, file in made.items() if name.endswith(".onnx")), None),
+        opset=next((file["opset"] for name, file in files.items() if name.endswith(".onnx")), None),
         clients={name: whom for name, whom in CLIENTS.items() if name in made},
         dynamic=any(not isinstance(made[name]["inputs"]["image"]["shape"][0], int) for name in encoders),
         on_a_mac=any("runtime" in file["parity"] for file in made.values()),

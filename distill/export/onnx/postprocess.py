@@ -115,8 +115,12 @@ def enlarge_object(
     begin = op.Max(before, op.Constant(value_floats=[0.0]))
     end = op.Min(after, op.Sub(orig_im_size, one))
     # `Resize` crops by shares of what lies between the first and the last pixel; one more is put around, for it clamps
-    # there no longer.
-    around = op.Pad(unpadded, op.Constant(value_ints=[0, 0, 1, 1, 0, 0, 1, 1]), mode="edge")
+    # there no longer. ONNX Runtime (1.15 to 1.32) copies an axis that keeps its length, whatever is to be cropped, so
+    # such an axis gets one more.
+    sides = op.Cast(op.Add(op.Sub(end, begin), one), to=INT64.dtype)
+    kept = op.Equal(sides, op.Add(op.Shape(unpadded, start=2), op.Constant(value_ints=[2, 2])))
+    behind = op.Add(op.Cast(kept, to=INT64.dtype), op.Constant(value_ints=[1, 1]))
+    around = op.Pad(unpadded, op.Concat(op.Constant(value_ints=[0, 0, 1, 1, 0, 0]), behind, axis=0), mode="edge")
     spaces = op.Cast(op.Sub(op.Shape(around, start=2), op.Constant(value_int=1)), to=FLOAT.dtype)
     from_share = op.Div(op.Add(op.Div(op.Add(begin, half), ratio), half), spaces)
     to_share = op.Div(op.Add(op.Div(op.Add(end, half), ratio), half), spaces)
@@ -125,7 +129,7 @@ def enlarge_object(
         around,
         op.Concat(both, from_share, op.Add(both, one), to_share, axis=0),
         None,
-        op.Concat(op.Constant(value_ints=[1, 1]), op.Cast(op.Add(op.Sub(end, begin), one), to=INT64.dtype), axis=0),
+        op.Concat(op.Constant(value_ints=[1, 1]), sides, axis=0),
         mode="linear",
         coordinate_transformation_mode="tf_crop_and_resize",
     )

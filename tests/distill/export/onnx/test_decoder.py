@@ -12,8 +12,15 @@ from PIL import Image
 from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 from segment_anything.utils.onnx import SamOnnxModel
+from segment_anything.utils.transforms import ResizeLongestSide
 
-from distill.export.onnx.decoder import decoder_model, export_onnx_decoder, low_res_model, run_decoder
+from distill.export.onnx.decoder import (
+    decoder_model,
+    export_onnx_decoder,
+    low_res_model,
+    run_decoder,
+    uncropped,
+)
 from distill.export.onnx.file import open_session
 from distill.export.prompts import Prompt, points_of
 from distill.export.proof import ParityError, Reference
@@ -131,6 +138,57 @@ def test_cvat_gets_the_object_alone_and_where_it_is(height: int, width: int, sam
             assert (xtl, ytl, xbr, ybr) == (columns.min(), rows.min(), columns.max(), rows.max())
         flipped = found["masks"][0, 0] != mask[ytl : ybr + 1, xtl : xbr + 1]
         assert np.abs(logits[ytl : ybr + 1, xtl : xbr + 1][flipped]).max(initial=0) < 1e-4  # rounding decides those
+
+
+def tail_alone(side: int) -> onnxruntime.InferenceSession:
+    """What follows the low-resolution masks of CVAT's decoder: they are an input, for images of `side` px."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    given = helper.make_tensor_value_info("given", kind, [1, 1, side // 4, side // 4])
+    coords = helper.make_tensor_value_info("point_coords", kind, [1, "num_points", 2])
+    labels = helper.make_tensor_value_info("point_labels", kind, [1, "num_points"])
+    made = helper.make_tensor_value_info("low_res_masks", kind, [1, 1, side // 4, side // 4])
+    ious = helper.make_tensor_value_info("iou_predictions", kind, [1, 1])
+    nodes = [
+        helper.make_node("Identity", ["given"], ["low_res_masks"]),
+        helper.make_node("ReduceSum", ["point_coords", "both"], ["sums"], keepdims=0),
+        helper.make_node("Mul", ["sums", "point_labels"], ["products"]),
+        helper.make_node("ReduceSum", ["products", "last"], ["iou_predictions"]),
+    ]
+    axes = {"both": np.array([2]), "last": np.array([1])}
+    graph = helper.make_graph(
+        nodes, "tail", [given, coords, labels], [made, ious],
+        [onnx.numpy_helper.from_array(value, name) for name, value in axes.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return open_session(decoder_model(model, crop=True).SerializeToString())
+
+
+def test_the_object_is_the_predictors_wherever_it_lies(sam: Sam) -> None:
+    """Rectangles and noise of any place and size, in images of any size: where what is enlarged has as many rows or
+    columns before and after, ONNX Runtime would copy these from the top."""
+    session, rng = tail_alone(256), np.random.default_rng(0)
+    equal = 0
+    for number in range(600):
+        height, width = (int(side) for side in rng.integers(20, 700, 2))
+        low_res = np.full((1, 1, 64, 64), -8, np.float32)
+        top, left, bottom, right = (int(place) for place in rng.integers(0, 64, 4))
+        low_res[..., min(top, bottom) : max(top, bottom) + 1, min(left, right) : max(left, right) + 1] = 8
+        low_res += rng.normal(0, number % 3, low_res.shape).astype(np.float32)
+        input_size = ResizeLongestSide.get_preprocess_shape(height, width, 256)
+        expected = sam.postprocess_masks(torch.from_numpy(low_res), input_size, (height, width))[0, 0].numpy()
+        feeds = {
+            "given": low_res,
+            "point_coords": np.ones((1, 1, 2), np.float32),
+            "point_labels": np.ones((1, 1), np.float32),
+            "orig_im_size": np.array([height, width], np.float32),
+        }
+        names = [output.name for output in session.get_outputs()]
+        found = dict(zip(names, session.run(names, feeds), strict=True))
+        mask = uncropped(found, (height, width))
+        flipped = mask != (expected > 0)
+        assert np.abs(expected[flipped]).max(initial=0) < 1e-3, (height, width, top, left, bottom, right)
+        equal += not flipped.any()
+    assert equal > 500
 
 
 @pytest.mark.slow
