@@ -100,6 +100,7 @@ def test_command_line_values(argument: str, key: str, value: object) -> None:
         (["recipe=quickstart", "data.images=[a_{0..3}.tar, b"], "command line: data.images=[a_{0..3}.tar, b is not"),
         (["recipe=quickstart", "data.images=[1, 2]"], "data.images=[1, 2] is neither text nor a list of texts"),
         (["recipe=quickstart", "evaluate.data=scenes:5"], "scenes are made for data.images only"),
+        (["recipe=quickstart", "evaluate.data=coco.json"], "goes with stage=evaluate; stage=all takes pictures"),
         (["recipe=quickstart", "train.loss.masks=1"], "train.loss=masks is not known; did you mean 'mask'?"),
         (["recipe=quickstart", "train.loss={}"], "train.loss={}: weights are not negative, and one is more than 0"),
         (["recipe=quickstart", "train.then=[{lr: 0}]"], "command line: train.then[0].lr=0.0 is not above 0"),

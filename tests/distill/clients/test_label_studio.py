@@ -512,6 +512,7 @@ def test_nothing_is_fetched_from_where_it_was_not_allowed(running: Process, stud
             f"//127.0.0.1:{port}/",
             "file:///etc/passwd",
             "ftp://127.0.0.1/x",
+            f"ftp://127.0.0.1:{studio.server_port}/x",
             "gopher://127.0.0.1/",
             "http://169.254.169.254/latest/meta-data/",
             "http://[::1]/",
