@@ -30,7 +30,7 @@ MOST_REQUEST_BYTES = 256 * 2**20
 """A request for a prediction holds whole tasks, with pictures in `data:` URIs and the annotations that there are."""
 
 MOST_DROPPED_BYTES = 32 * 2**20
-"""Of the body of a request that is refused unread."""
+"""Of the body of a request that is refused; a larger one is not waited for."""
 
 IDLE_SECONDS = 60
 """How long a connection may keep silent."""
@@ -163,7 +163,8 @@ class Handler(BaseHTTPRequestHandler):
     def _drop_body(self) -> None:
         """Read what a refused request still sends: a client that is sending hears nothing."""
         length = self.headers.get("Content-Length", "")
-        left = min(int(length), MOST_DROPPED_BYTES) if length.isdecimal() and len(length) < 16 and not self.read else 0
+        left = int(length) if length.isdecimal() and len(length) < 16 and not self.read else 0
+        left = left if left <= MOST_DROPPED_BYTES else 0
         while left > 0 and (chunk := self.rfile.read(min(left, 2**16))):
             left -= len(chunk)
         self.close_connection = True

@@ -623,6 +623,7 @@ def test_a_user_and_password_are_asked_for_where_they_are_set(folder: Path) -> N
         ):
             for path in ("/health", "/predict"):
                 assert running.ask(path, None if path == "/health" else {}, header)[0] == 401
+        assert running.ask("/predict", {"large": "x" * 5_000_000})[0] == 401  # and not a connection that breaks off
         right = {"Authorization": "Basic " + base64.b64encode("cat:sécret".encode()).decode()}
         assert running.ask("/health", headers=right)[0] == 200
 
