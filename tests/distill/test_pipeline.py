@@ -143,7 +143,8 @@ def test_a_run_directory_in_use_is_refused(finished_run: Path, scene_tar: Path, 
 def test_photographs_without_annotations_go_all_the_way(tmp_path: Path, scene_tar: Path, cli: Cli) -> None:
     photos = tmp_path / "photos"
     with tarfile.open(scene_tar) as tar:
-        tar.extractall(photos, filter="data")
+        for member in tar:  # `filter="data"` came with Python 3.11.4, and this tar is our own
+            tar.extract(member, photos)
     for annotation in photos.glob("*.json"):
         annotation.unlink()
     result = cli(*TINY, *places(tmp_path, photos), "evaluate.grid=3")
