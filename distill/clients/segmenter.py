@@ -73,7 +73,9 @@ class Segmenter:
             onnxruntime.InferenceSession(str(file), options, providers=chosen)
             for file in (folder / "encoder.onnx", decoder or folder / "decoder.onnx")
         )
-        found = [session.get_modelmeta().custom_metadata_map.get(FINGERPRINT) for session in self._sessions()]
+        found = [
+            session.get_modelmeta().custom_metadata_map.get(FINGERPRINT) for session in (self.encoder, self.decoder)
+        ]
         if None in found or len(set(found)) > 1:
             raise RuntimeError(f"{folder}: encoder.onnx is of {found[0]}, decoder.onnx of {found[1]}: not one model")
         self.fingerprint = str(found[0])
@@ -164,9 +166,6 @@ class Segmenter:
         """Run both once, so that the first request is as fast as the others."""
         embedding = self.embed(Image.new("RGB", (64, 48)))
         self.segment(embedding, (64, 48), [(32, 24)], [1])
-
-    def _sessions(self) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession]:
-        return self.encoder, self.decoder
 
     def _input(self, name: str) -> list[int]:
         return next(each.shape for each in self.decoder.get_inputs() if each.name == name)

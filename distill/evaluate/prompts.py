@@ -6,6 +6,7 @@ annotated box and by one to five clicks (`clicks.py`). Crowds do not count, nor 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,9 @@ def summarize(results: Mapping[str, dict[str, Any]], recipe: Recipe) -> dict[str
     }
 
 
+@cache
 def _beside(data: Path) -> list[Paired]:
-    """Pictures of a folder that have their annotations beside them."""
+    """Pictures of a folder that have their annotations beside them. A run asks thrice, and there may be many."""
     return [Paired(*found) for found in annotated_pictures(str(data))] if data.is_dir() else []
 
 

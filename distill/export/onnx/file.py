@@ -9,11 +9,9 @@ import torch
 from onnx import helper
 from torch import nn
 
+from distill.clients.segmenter import FINGERPRINT
 from distill.export.onnx.opset import EXPORTED, in_opset
 from distill.export.quiet import quietly
-
-FINGERPRINT = "fingerprint"
-"""Key of a file's metadata: of encoder and decoder that belong together they have one value."""
 
 TWO_GIGABYTES = 2**31
 """What a protobuf, and so one ONNX file, may hold."""
@@ -26,9 +24,8 @@ def onnx_model(module: nn.Module, example: tuple[torch.Tensor, ...], opset: int,
         program = torch.onnx.export(module, example, dynamo=True, verbose=False, opset_version=EXPORTED, **options)
     assert program is not None
     model = without_traces(program.model_proto)
-    (found,) = (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if found != EXPORTED:
-        raise RuntimeError(f"the exporter made opset {found}, not {EXPORTED}")
+    if opset_of(model) != EXPORTED:
+        raise RuntimeError(f"the exporter made opset {opset_of(model)}, not {EXPORTED}")
     return in_opset(model, opset)
 
 
