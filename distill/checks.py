@@ -1,6 +1,7 @@
 """Which values of a recipe make sense; each that does not is one line that names it, its origin and what would do."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -9,6 +10,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from omegaconf import OmegaConf
 
 from distill.schema import (
+    BACKENDS,
     BATCH_NORMS,
     BOX_MASKS,
     BOX_SCORES,
@@ -47,6 +49,7 @@ CHOICES: dict[str, Callable[[], Sequence[str | None]]] = {
     "evaluate.masks": lambda: (None, *BOX_MASKS),
     "evaluate.score": lambda: (None, *BOX_SCORES),
     "export.input": lambda: INPUTS,
+    "serve.backend": lambda: BACKENDS,
 }
 CHOICES_OF_EACH: dict[str, Callable[[], Sequence[str]]] = {
     "export.formats": lambda: (*FORMATS, "all"),
@@ -57,16 +60,21 @@ AT_LEAST_ONE = (
     "student.neck_expand", "teacher.batch_size", "data.val_images", "data.max_pixels", "cache.images_per_shard",
     "train.batch_size", "train.accumulate", "train.lr_per", "train.mask_prompts", "train.checkpoint_every",
     "train.keep_checkpoints", "train.log_every", "evaluate.masks_per_image", "evaluate.grid", "evaluate.clicks",
-    "evaluate.limit", "evaluate.max_dets", "evaluate.thresholds", "export.images",
-    "export.calibration_images", "predict.points_per_side",
+    "evaluate.limit", "evaluate.max_dets", "evaluate.thresholds", "export.images", "export.gate_images",
+    "export.calibration_images", "predict.points_per_side", "serve.cache_mb", "serve.batch_size", "serve.threads",
+    "serve.decoders", "serve.queue", "serve.max_pixels", "serve.prompts",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "seed", "student.neck_depth", "data.workers", "data.max_skipped", "train.epochs", "train.weight_decay",
     "train.lr_end", "train.warmup_steps", "train.warmup_epochs", "train.mask_points", "train.workers",
     "train.mask_rounds", "train.ema", "train.checkpoint_minutes",
-    "train.stop_above", "train.watch_images", "evaluate.rounds", "verify.recompute",
+    "train.stop_above", "train.watch_images", "evaluate.rounds", "verify.recompute", "port",
+    "serve.batch_ms",
 )  # fmt: skip
-POSITIVE = ("data.fraction", "train.lr", "train.clip_norm", "train.huber_delta")
+POSITIVE = (
+    "data.fraction", "train.lr", "train.clip_norm", "train.huber_delta", "serve.body_mb", "serve.seconds",
+    "serve.everything_seconds", "serve.stop_seconds",
+)  # fmt: skip
 AT_MOST_ONE = ("data.fraction", "train.mask_points")
 
 
@@ -107,6 +115,10 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
                     refuse(shown, value, expected)
     if not OLDEST_OPSET <= recipe.export.opset <= NEWEST_OPSET:
         refuse("export.opset", recipe.export.opset, f" is not {OLDEST_OPSET} to {NEWEST_OPSET}")
+    if recipe.port > 65535:
+        refuse("port", recipe.port, " is more than 65535")
+    if not re.fullmatch(r"([A-Za-z]\w*)?", recipe.export.name or "", re.ASCII):
+        refuse("export.name", recipe.export.name, " is no name of a class: letters, digits and underscores")
     if not recipe.export.formats:
         refuse("export.formats", recipe.export.formats, " names no file to make")
     if recipe.image_size < 64 or recipe.image_size % 64:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from distill.launch import create_accelerator, refuse_engines, use_all_cores
 from distill.recipe import Recipe, describe_keys, list_recipes, load_recipe
 from distill.run import claim_run_dir, note_time
-from distill.schema import ON_REQUEST, STAGES
+from distill.schema import HOLD_BRIEFLY, ON_REQUEST, STAGES
 from distill.stages import find_stage
 from distill.student import settle_pretrained
 from embeddings_cache.system import Stopped, sole_user
@@ -23,6 +23,8 @@ USAGE = """\
 accelerate launch distill.py recipe=NAME [stage=STAGE] [key=value ...]
 python distill.py stage=predict run_dir=RUN image=PHOTO [point=x,y] [box=x0,y0,x1,y1]
 python distill.py stage=export checkpoint=FILE [export.formats='[onnx, coreml, ...]'] [teacher.checkpoint=FILE]
+python distill.py stage=serve run_dir=RUN [host=127.0.0.1] [port=8000]
+python distill.py stage=publish run_dir=RUN repo=OWNER/NAME [dry_run=true]
 
 Distil a SAM's image encoder. Runs all stages, each only as far as its result is missing;
 the same command goes on after any interruption. `python distill.py` does the same in one process."""
@@ -86,7 +88,7 @@ def run(recipe: Recipe) -> None:
     use_all_cores(accelerator)
     settle_pretrained(recipe, accelerator, trains="train" in names)
     with ExitStack() as held:
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and recipe.stage not in HOLD_BRIEFLY:
             held.enter_context(sole_user(Path(recipe.run_dir)))
             claim_run_dir(recipe)
         accelerator.wait_for_everyone()

@@ -5,7 +5,7 @@ A mistake is one `InputError` that names it, where it came from, and the nearest
 """
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.checks import check_recipe, nearest
 from distill.recipe_files import Loader, find_recipe, list_recipes, parse_yaml, read_yaml, shown_path, with_bases
 from distill.schema import (
+    FETCHED,
     ONE_OR_MORE,
     PATHS,
     SHAPES_THE_STUDENT,
@@ -28,7 +29,17 @@ from distill.schema import (
     kinds,
 )
 from embeddings_cache.teacher import inspect_teacher
-from students import InputError, StudentConfig, first_line, is_our_student, read_metadata, student_config_of
+from students import (
+    InputError,
+    StudentConfig,
+    fetch_from_hub,
+    first_line,
+    hub_address,
+    is_hub_address,
+    is_our_student,
+    read_metadata,
+    student_config_of,
+)
 
 __all__ = [
     "STAGES",
@@ -66,6 +77,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
         if not equals:
             raise InputError(f"command line: {argument!r} is not key=value (see --help)")
         overrides[key] = os.path.expanduser(value) if key in ("recipe", *PATHS) else value
+        if key in FETCHED and is_hub_address(value):
+            overrides[key] = fetch_from_hub(value)
     config, said, asked_for = _from_files(overrides)
     shown = said[-1][0]
     typed = {key: _parse(key, value) for key, value in overrides.items()}
@@ -76,7 +89,7 @@ def load_recipe(arguments: list[str]) -> Recipe:
     untold = [key for key in OF_A_STUDENT if _origin(key, said) is None]
     if begins is not None and untold:  # a run's own recipe tells all, and does without the file
         run_dir = typed.get("run_dir") or OmegaConf.select(config, "run_dir")
-        keys = _keys_of_student(os.path.expanduser(begins), untold, Path(os.path.expanduser(run_dir)))
+        keys = _keys_of_student(_here(begins), untold, Path(os.path.expanduser(run_dir)))
         config = _merge(config, _nested(keys), begins)
     config = _merge(config, _nested(typed), "command line", added_to=set(LISTED) - set(typed))
     if _rank("train.warmup_steps", said) > _rank("train.warmup_epochs", said):
@@ -88,6 +101,8 @@ def load_recipe(arguments: list[str]) -> Recipe:
     try:
         for key in PATHS:
             OmegaConf.update(config, key, _at_home(OmegaConf.select(config, key)))
+        for key in FETCHED:
+            OmegaConf.update(config, key, _each(_here, OmegaConf.select(config, key)))
         recipe = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise InputError(f"{shown}: {first_line(error)}") from error
@@ -105,10 +120,10 @@ def _from_files(overrides: dict[str, str]) -> tuple[Any, list[tuple[str, set[str
     schema, known = OmegaConf.structured(Recipe), [key for key, _, _ in describe_keys()]
     there = Path(os.path.expanduser(overrides.get("run_dir", ""))) / "recipe.yaml"
     alone = "checkpoint" in overrides and "recipe" not in overrides and not ("run_dir" in overrides and there.is_file())
-    if alone and overrides.get("stage") in ("evaluate", "export", "convert"):
+    if alone and overrides.get("stage") in ("evaluate", "export", "convert", "serve", "publish"):
         named = _parse("checkpoint", overrides["checkpoint"])
         students = [each for each in (named if isinstance(named, list) else [named]) if each != TEACHER]
-        within = Path(os.path.expanduser(str(students[0]))) if students else None
+        within = Path(_here(str(students[0]))) if students else None
         contents = [(str(within or TEACHER), _recipe_within(within))]
     else:
         path = find_recipe(overrides.pop("recipe", "") or _recipe_of(overrides.get("run_dir")))
@@ -142,11 +157,19 @@ def saved_recipe(saved: Path) -> Recipe:
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe, for all stages, as YAML that `recipe=PATH` takes: without what one command alone was about,
     a photograph, or a zero-shot task and its contestants."""
-    whole = replace(recipe, stage="all", image=None, point=None, box=None)
+    whole = replace(recipe, stage="all", image=None, point=None, box=None, repo=None, dry_run=False)
     if recipe.evaluate.task != "masks":
         of_masks = {key: getattr(recipe.evaluate, key) for key in ("masks_per_image", "grid", "clicks")}
         whole = replace(whole, evaluate=EvaluateRecipe(**of_masks), checkpoint=None)
-    return OmegaConf.to_yaml(OmegaConf.structured(whole), resolve=True)
+    return OmegaConf.to_yaml(_as_written(whole), resolve=True)
+
+
+def _as_written(recipe: Recipe) -> Any:
+    """A recipe's keys, of files that were fetched from the hub their addresses."""
+    config = OmegaConf.structured(recipe)
+    for key in FETCHED:
+        OmegaConf.update(config, key, _each(lambda path: hub_address(path) or path, OmegaConf.select(config, key)))
+    return config
 
 
 def differences(recipe: Recipe, saved: Path) -> list[str]:
@@ -156,7 +179,7 @@ def differences(recipe: Recipe, saved: Path) -> list[str]:
         InputError: the saved recipe is damaged, or of a version with other keys.
     """
     earlier = OmegaConf.structured(saved_recipe(saved))
-    now = OmegaConf.structured(recipe)
+    now = _as_written(recipe)
     pairs = ((key, OmegaConf.select(earlier, key), OmegaConf.select(now, key)) for key in SHAPES_THE_STUDENT)
     return [f"{key}: {then}, now {value}" for key, then, value in pairs if then != value]
 
@@ -172,9 +195,25 @@ def _masks_of_prompts(recipe: Recipe) -> bool:
 
 def _at_home(path: Any) -> Any:
     """A path, or each of a list, with `~` for what it stands for; anything else as it is."""
-    if isinstance(path, str):
+    return _each(os.path.expanduser, path)
+
+
+def _each(change: Callable[[str], str], value: Any) -> Any:
+    """A text changed, or each of a list; anything else as it is."""
+    if isinstance(value, str):
+        return change(value)
+    return [_each(change, each) for each in value] if isinstance(value, Sequence) else value
+
+
+def _here(path: str) -> str:
+    """A path without `~`, or that of what an address on the hub names. An address from which nothing can be fetched
+    stays: not every stage needs the file, and one that does will say why."""
+    if not is_hub_address(path):
         return os.path.expanduser(path)
-    return [_at_home(each) for each in path] if isinstance(path, Sequence) else path
+    try:
+        return fetch_from_hub(path)
+    except InputError:
+        return path
 
 
 def _architecture(checkpoint: str | None) -> str | None:
@@ -202,7 +241,8 @@ def _recipe_within(checkpoint: Path | None) -> dict[str, Any]:
     if not isinstance(data := kept.setdefault("data", {}), dict):
         raise InputError(f"{checkpoint} is not a recipe's: data is {data!r}")
     data.setdefault("images", "scenes:8")
-    beside = checkpoint.parent if (checkpoint.parent / "recipe.yaml").is_file() else Path("runs") / checkpoint.stem
+    in_a_run = (checkpoint.parent / "recipe.yaml").is_file() and not hub_address(str(checkpoint))
+    beside = checkpoint.parent if in_a_run else Path("runs") / checkpoint.stem
     return {**kept, "run_dir": str(beside)}
 
 
@@ -292,7 +332,7 @@ def _keys_of_student(checkpoint: str, wanted: list[str], run_dir: Path) -> dict[
     has."""
     if not Path(checkpoint).exists() and (saved := run_dir / "recipe.yaml").is_file():
         earlier = OmegaConf.structured(saved_recipe(saved))
-        if earlier.student.start == checkpoint:
+        if earlier.student.start in (checkpoint, hub_address(checkpoint)):
             return {key: OmegaConf.select(earlier, key) for key in wanted}
     config = asdict(student_config_of(checkpoint))
     return {key: config[key.removeprefix("student.")] for key in wanted}

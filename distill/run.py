@@ -14,7 +14,7 @@ from embeddings_cache.images import fingerprint
 from embeddings_cache.shards import CacheIdentity, EmbeddingsCache, identity_of, images_name, refuse_other_cache
 from embeddings_cache.system import read_json, whole_file, write_json
 from embeddings_cache.teacher import weights_sha256
-from students import InputError, is_our_student, read_metadata
+from students import InputError, fetch_from_hub, is_hub_address, is_our_student, read_metadata
 
 
 def claim_run_dir(recipe: Recipe) -> None:
@@ -95,7 +95,9 @@ def chosen_students(recipe: Recipe) -> list[Path | None]:
         InputError: one of them is not there.
     """
     named = recipe.checkpoint if isinstance(recipe.checkpoint, list) else [recipe.checkpoint or trained_student(recipe)]
-    chosen = [None if name == TEACHER else Path(name) for name in named]
+    # What could be fetched goes by its path; the others will be told why not.
+    here = [fetch_from_hub(str(name)) if is_hub_address(name) else name for name in named]
+    chosen = [None if name == TEACHER else Path(name) for name in here]
     for path in chosen:
         if path is not None and not path.exists():
             hint = "" if recipe.checkpoint else ": run stage=train first"

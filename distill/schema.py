@@ -11,8 +11,11 @@ import yaml
 STAGES = ("precompute", "train", "evaluate", "export", "report")
 """What `stage=all` runs, in order."""
 
-ON_REQUEST = ("inspect", "verify", "predict", "convert")
+ON_REQUEST = ("inspect", "verify", "predict", "convert", "serve", "publish")
 """Stages that run only when they are named."""
+
+HOLD_BRIEFLY = ("serve",)
+"""Stages that hold the run's directory only while they write: several may run at once."""
 
 TEACHER_MASK_LOSSES = ("mask", "mask_bce", "mask_dice")
 MASK_LOSSES = (*TEACHER_MASK_LOSSES, "truth")
@@ -48,20 +51,36 @@ FORMATS = {
     "onnx_fp16": ("encoder_fp16.onnx",),
     "onnx_int8": ("encoder_int8.onnx",),
     "onnx_decoder": ("decoder.onnx", "decoder_multimask.onnx"),
+    "onnx_decoder_batch": ("decoder_batch.onnx",),
+    "onnx_trt": ("encoder_trt.onnx", "decoder_trt.onnx"),
     "coreml": ("Encoder.mlpackage", "Decoder.mlpackage"),
     "coreml_8bit": ("Encoder_8bit.mlpackage",),
     "coreml_6bit": ("Encoder_6bit.mlpackage",),
+    "coreml_6bit_grouped": ("Encoder_6bit_grouped.mlpackage",),
+    "coreml_4bit": ("Encoder_4bit.mlpackage",),
+    "coreml_decoder_8bit": ("Decoder_8bit.mlpackage",),
     "cvat": ("cvat",),
     "anylabeling": ("anylabeling",),
     "label_studio": ("label_studio",),
+    "web": ("web",),
+    "transformers_js": ("transformers_js",),
+    "huggingface": ("huggingface",),
 }
 """What `export.formats` names, and the files that each makes."""
+
+COMPRESSED = (
+    "onnx_int8", "coreml_8bit", "coreml_6bit", "coreml_6bit_grouped", "coreml_4bit", "coreml_decoder_8bit"
+)  # fmt: skip
+"""Formats that not every student stands; where `all` was asked for, those that fail are left out."""
 
 OLDEST_OPSET, NEWEST_OPSET = 17, 20
 """What `export.opset` may be: LayerNormalization came with the oldest."""
 
 INPUTS = ("sam", "native")
 """Of exported encoders: an image of `image_size`, or of `student.input_size`."""
+
+BACKENDS = ("onnx", "torch")
+"""What `serve.backend` names."""
 
 DEFAULT_FORMATS = ("onnx", "onnx_decoder", "coreml")
 
@@ -73,9 +92,12 @@ ONE_OR_MORE = (*IMAGES, "checkpoint")
 
 PATHS = (
     *IMAGES, "data.annotations", "run_dir", "checkpoint", "image", "cache.dir", "teacher.checkpoint",
-    "evaluate.boxes", "evaluate.tracks", "student.pretrained", "student.start",
+    "evaluate.boxes", "evaluate.tracks", "student.pretrained", "student.start", "serve.token_file",
 )  # fmt: skip
 """Keys that name files or folders, in which `~` is the home directory."""
+
+FETCHED = ("checkpoint", "teacher.checkpoint", "student.pretrained", "student.start")
+"""Keys that name checkpoints, which may be addresses on the hub."""
 
 SHAPES_THE_STUDENT = (
     "seed", "image_size", "student", "teacher.name", "data.images", "data.annotations", "data.sixteen_bit",
@@ -108,7 +130,7 @@ class StudentRecipe:
 @dataclass
 class TeacherRecipe:
     name: str = "vit_h"  # vit_h, vit_l, vit_b (also fine-tuned), mobile_sam and other students, student: ours; or toy
-    checkpoint: str | None = None  # its weights, a file or transformers' folder, which tell teacher.name; toy has some
+    checkpoint: str | None = None  # its weights: file, hf://, transformers' folder; tell teacher.name; toy has some
     batch_size: int | None = None  # images a teacher pass, in each process; default: as many as fit, on a CPU 1
     dtype: str = "auto"  # float32, bfloat16 or float16; auto: bfloat16 on a GPU that has it, float32 elsewhere
     compile: Any = "auto"  # torch.compile the teacher, or not: true, false; auto: on a GPU with 2,000 images ahead
@@ -210,9 +232,11 @@ class EvaluateRecipe:
 @dataclass
 class ExportRecipe:
     formats: list[str] = field(default_factory=lambda: list(DEFAULT_FORMATS))  # files to make; docs/export.md; or all
+    name: str | None = None  # before Encoder and Decoder in the names of Core ML packages; default: the student's
     opset: int = 17  # of ONNX files, 17 to 20; what older runtimes know
     input: str = "sam"  # what encoders take: sam, image_size px; native, student.input_size px, for who resizes once
     images: int = 2  # held-out images that every file is compared with PyTorch on
+    gate_images: int = 24  # held-out images, ten prompts each, that files of 8 bits and fewer are compared on
     calibration_images: int = 8  # training images that give onnx_int8 the ranges of its activations
     dynamic_batch: bool = False  # ONNX encoders take any number of images at once, and not just one
 
@@ -231,6 +255,31 @@ class VerifyRecipe:
 
 
 @dataclass
+class ServeRecipe:
+    backend: str = "onnx"  # onnx: ONNX Runtime, on TensorRT, CUDA or the CPU, as the installed build can; or torch
+    cache_mb: int = 512  # embeddings that are kept, the most recently used ones; one of 1024 px has 4 MB
+    batch_size: int | None = None  # pictures encoded together at most; default: 4, on a CPU 1, where more only wait
+    batch_ms: float = 3.0  # how long a picture waits for others
+    threads: int | None = None  # of the encoder; default: all cores
+    decoders: int | None = None  # requests for masks that are worked on at once, a thread each; default: all cores
+    queue: int = 64  # requests of a kind, at work or waiting; one more is answered 503
+    body_mb: float = 32  # of a request
+    max_pixels: int = 50_000_000  # of a picture, by its header; a mask of so many takes 200 MB while it is made
+    prompts: int = 64  # of a request
+    seconds: float = 30.0  # until a request is answered, its own upload included
+    everything_seconds: float = 300.0  # the same of /v1/everything
+    stop_seconds: float = 10.0  # which requests at work have to end when the server is told to
+    page: bool = True  # the page of export.formats=[web] at /, if the run has one
+    hosts: list[str] = field(default_factory=list)  # names by which requests may call the server, besides localhost
+    token_file: str | None = None  # holds the bearer token; default: $SAM_DISTILL_TOKEN; none: for this machine alone
+
+
+@dataclass
+class PublishRecipe:
+    private: bool = True  # a repository that is new is seen by its owner alone, until that is changed on its page
+
+
+@dataclass
 class Recipe:
     name: str = ""  # the recipe's name; from its file
     stage: str = "all"  # all, or one of the stages above
@@ -241,6 +290,10 @@ class Recipe:
     image: str | None = None  # photograph to segment, for stage=predict
     point: str | None = None  # x,y in its pixels, on the object; more of them follow after commas
     box: str | None = None  # x0,y0,x1,y1 around the object; with neither point nor box everything is segmented
+    repo: str | None = None  # OWNER/NAME on the Hugging Face hub, for stage=publish
+    dry_run: bool = False  # stage=publish says what it would send, and sends nothing
+    host: str = "127.0.0.1"  # address that stage=serve listens at; another machine's need a token (serve.token_file)
+    port: int = 8000  # and port; 0: any that is free
     student: StudentRecipe = field(default_factory=StudentRecipe)
     teacher: TeacherRecipe = field(default_factory=TeacherRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -250,6 +303,8 @@ class Recipe:
     export: ExportRecipe = field(default_factory=ExportRecipe)
     predict: PredictRecipe = field(default_factory=PredictRecipe)
     verify: VerifyRecipe = field(default_factory=VerifyRecipe)
+    serve: ServeRecipe = field(default_factory=ServeRecipe)
+    publish: PublishRecipe = field(default_factory=PublishRecipe)
 
 
 def numbers(text: str) -> list[float]:

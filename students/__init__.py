@@ -33,7 +33,13 @@ from students.encoder import (
     create_student,
 )
 from students.errors import CheckFailed, InputError, first_line
-from students.hugging_face import save_hugging_face
+from students.hub import fetch_from_hub, hub_address, is_hub_address, unreachable
+from students.hugging_face import (
+    hugging_face_decoder,
+    hugging_face_decoder_config,
+    hugging_face_preprocessing,
+    save_hugging_face,
+)
 from students.macs import count_macs
 from students.sam import build_student_sam, left_out, require_decoder, untrained_sam
 from students.state_dicts import differences, read_state_dict, shapes_of, weight_files
@@ -56,9 +62,15 @@ __all__ = [
     "count_macs",
     "create_student",
     "differences",
+    "fetch_from_hub",
     "first_line",
+    "hub_address",
+    "hugging_face_decoder",
+    "hugging_face_decoder_config",
+    "hugging_face_preprocessing",
     "identify",
     "inspect_checkpoint",
+    "is_hub_address",
     "is_known",
     "is_our_student",
     "known_architectures",
@@ -77,6 +89,7 @@ __all__ = [
     "save_student",
     "shapes_of",
     "student_config_of",
+    "unreachable",
     "untrained_sam",
     "vit_encoder",
     "weight_files",

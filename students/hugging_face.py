@@ -2,7 +2,7 @@
 
 `SamModel` computes what segment-anything computes, but for the epsilon of its decoder's layer norms: 1e-6 unless the
 config says otherwise, where SAM was trained with 1e-5, which moves the logits of masks by some 1e-4. What is read here
-has SAM's, what is written says so. `SamModel` has SAM's own encoder alone; no student of ours can be written so.
+has SAM's, what is written says so. `SamModel` has SAM's own encoder alone: a student goes beside its decoder as code.
 """
 
 import json
@@ -95,21 +95,27 @@ def save_hugging_face(directory: Path, sam: Sam) -> None:
         directory / "model.safetensors",
         metadata={"format": "pt"},
     )
-    for name, content in (("config.json", _config(sam)), ("preprocessor_config.json", _preprocessing(sam))):
+    contents = {"config.json": _config(sam), "preprocessor_config.json": hugging_face_preprocessing(sam)}
+    for name, content in contents.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def hugging_face_decoder(sam: Sam) -> dict[str, torch.Tensor]:
+    """Weights of prompt encoder and mask decoder, and the positions, by `SamModel`'s names."""
+    return to_hugging_face({name: t for name, t in sam.state_dict().items() if not name.startswith("image_encoder.")})
 
 
 def _config(sam: Sam) -> dict[str, Any]:
     """What `SamConfig` reads, by the numbers of the modules."""
-    encoder, prompts, decoder = sam.image_encoder, sam.prompt_encoder, sam.mask_decoder
-    patch, block, layer = encoder.patch_embed.proj, encoder.blocks[0], decoder.transformer.layers[0]
+    encoder = sam.image_encoder
+    patch, block = encoder.patch_embed.proj, encoder.blocks[0]
     windows = [block.window_size for block in encoder.blocks]
-    sizes = {"image_size": encoder.img_size, "patch_size": patch.kernel_size[0]}
     return {
         "architectures": ["SamModel"],
         "model_type": "sam",
         "vision_config": {
-            **sizes,
+            "image_size": encoder.img_size,
+            "patch_size": patch.kernel_size[0],
             "hidden_size": patch.out_channels,
             "output_channels": encoder.neck[0].out_channels,
             "num_hidden_layers": len(encoder.blocks),
@@ -122,10 +128,20 @@ def _config(sam: Sam) -> dict[str, Any]:
             "use_rel_pos": block.attn.use_rel_pos,
             "window_size": max(windows),
             "global_attn_indexes": [number for number, window in enumerate(windows) if not window],
-            "num_pos_feats": prompts.embed_dim // 2,
+            "num_pos_feats": sam.prompt_encoder.embed_dim // 2,
         },
+        **hugging_face_decoder_config(sam),
+    }
+
+
+def hugging_face_decoder_config(sam: Sam) -> dict[str, Any]:
+    """What `SamConfig` reads of prompt encoder and mask decoder, by the numbers of the modules."""
+    prompts, decoder = sam.prompt_encoder, sam.mask_decoder
+    layer, size = decoder.transformer.layers[0], prompts.input_image_size[0]
+    return {
         "prompt_encoder_config": {
-            **sizes,
+            "image_size": size,
+            "patch_size": size // prompts.image_embedding_size[0],
             "hidden_size": prompts.embed_dim,
             "mask_input_channels": prompts.mask_downscaling[3].out_channels,
             "num_point_embeddings": prompts.num_point_embeddings,
@@ -144,9 +160,9 @@ def _config(sam: Sam) -> dict[str, Any]:
     }
 
 
-def _preprocessing(sam: Sam) -> dict[str, Any]:
+def hugging_face_preprocessing(sam: Sam) -> dict[str, Any]:
     """What `SamImageProcessor` reads; it divides pixels by 255 before it normalises them."""
-    side, mask_side = sam.image_encoder.img_size, sam.prompt_encoder.mask_input_size[0]
+    side, mask_side = sam.prompt_encoder.input_image_size[0], sam.prompt_encoder.mask_input_size[0]
     return {
         "image_processor_type": "SamImageProcessor",
         "processor_class": "SamProcessor",

@@ -7,7 +7,8 @@ import huggingface_hub
 import timm
 from torch import nn
 
-from students.errors import InputError, first_line
+from students.errors import InputError
+from students.hub import unreachable
 from students.state_dicts import differences, read_state_dict, shapes_of
 
 
@@ -21,13 +22,10 @@ def refuse_without_network(timm_name: str) -> None:
     names = ("model.safetensors", "pytorch_model.bin")
     if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, name), str) for name in names):
         return
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
-    except Exception as error:  # requests' or httpx's, as the client's version has it
+    if why := unreachable():
         raise InputError(
-            f"ImageNet weights of {timm_name!r} cannot be had: {huggingface_hub.constants.ENDPOINT} does not answer "
-            f"({first_line(error)}); student.pretrained=FILE takes a local file"
-        ) from error
+            f"ImageNet weights of {timm_name!r} cannot be had: {why}; student.pretrained=FILE takes a local file"
+        )
 
 
 def repository_of(timm_name: str) -> str:

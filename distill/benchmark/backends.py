@@ -5,6 +5,7 @@ normalised inside; the embedding (B, C, S/16, S/16) in the host's memory.
 """
 
 import platform
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from PIL import Image
 from torch import nn
 
 from distill.benchmark.contenders import Contender, build
-from distill.export.coreml import Origin, convert_decoder, convert_encoder, require_coremltools
+from distill.export.coreml import Origin, convert_decoder, convert_encoder, decoder_feeds, require_coremltools
 from distill.export.decoder import PromptDecoder
 from distill.export.encoder import RgbEncoder
 from distill.export.onnx import encoder_model, low_res_model, open_session
@@ -223,7 +224,7 @@ def prepare_coreml(contender: Contender, folder: Path) -> None:
     origin.write_to(model, "for measuring")
     model.save(str(folder / "Encoder.mlpackage"))
     if sam is not None:
-        convert_decoder(PromptDecoder(sam).eval(), sam).save(str(folder / "Decoder.mlpackage"))
+        convert_decoder(sam).save(str(folder / "Decoder.mlpackage"))
 
 
 def load_coreml(contender: Contender, folder: Path, threads: int, unit: str = "ALL") -> Runner:
@@ -233,17 +234,17 @@ def load_coreml(contender: Contender, folder: Path, threads: int, unit: str = "A
     units = ct.ComputeUnit[unit]
     model = ct.models.MLModel(str(path), compute_units=units)
     size = model.get_spec().description.input[0].type.imageType.width
-    decoder_path = path.with_name("Decoder.mlpackage")
+    decoder_path = path.with_name(re.sub(r"Encoder(_\d+bit)?\.mlpackage$", "Decoder.mlpackage", path.name))
     decoder = cache(lambda: ct.models.MLModel(str(decoder_path), compute_units=units))
 
     def decode(embedding: np.ndarray) -> np.ndarray:
-        return decoder().predict({"image_embeddings": embedding.astype(np.float16), **PROMPT})["low_res_masks"]
+        return decoder().predict(decoder_feeds(embedding, *PROMPT.values()))["low_res_masks"]
 
     return Runner(
         size,
         lambda pixels: Image.fromarray(np.ascontiguousarray(pixels[0].transpose(1, 2, 0))),
         lambda image: model.predict({"image": image})["image_embeddings"],
-        decode if decoder_path.exists() else f"no Decoder.mlpackage beside {path.name}",
+        decode if decoder_path.exists() else f"no {decoder_path.name} beside {path.name}",
         batches=False,
     )
 

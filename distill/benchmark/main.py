@@ -16,6 +16,7 @@ from distill.benchmark.compare import compare, machines_differ
 from distill.benchmark.contenders import SUFFIXES
 from distill.benchmark.pipeline import PipelineBenchmark, benchmark_pipeline
 from distill.benchmark.plot import draw_students
+from distill.benchmark.serve import ServeBenchmark, benchmark_serve
 from distill.benchmark.students import QUICK, StudentsBenchmark, benchmark_students
 from distill.benchmark.tables import (
     as_markdown,
@@ -49,6 +50,7 @@ KINDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]], str]] = {
     "train": (TrainBenchmark, benchmark_train, "a training step: precisions, memory formats, reading the cache"),
     "pipeline": (PipelineBenchmark, benchmark_pipeline, "photographs from JPEG to shard, by number of workers"),
     "cache": (CacheBenchmark, benchmark_cache, "reading embeddings against np.memmap, and opening a large cache"),
+    "serve": (ServeBenchmark, benchmark_serve, "a server under load: clicks of many clients, each mask compared"),
 }
 
 

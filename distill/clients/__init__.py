@@ -4,6 +4,7 @@ A folder here is a tool's. Its files go beside the ONNX files as they are, those
 `segmenter.py` with those that import it.
 """
 
+from collections.abc import Iterator
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -20,18 +21,25 @@ def write_client(tool: str, directory: Path, facts: dict[str, str | int]) -> Non
         tool: the folder of this package.
         directory: is there.
         facts: what templates say: `name`, a slug; `title`, for people; `fingerprint`; `size`, the longest side in
-            pixels of the images that prompts are given for.
+            pixels of the images that prompts are given for; Swift's also `encoder` and `decoder`.
     """
     ours = files("distill.clients")
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    texts = {file.name: file.read_text(encoding="utf-8") for file in _files(ours / tool)}
+    texts = {name: file.read_text(encoding="utf-8") for name, file in _files(ours / tool)}
     if any("from segmenter import" in text for text in texts.values()):
         texts[SHARED] = (ours / SHARED).read_text(encoding="utf-8")
     for name, text in texts.items():
         if name.endswith(".jinja"):
             name, text = name.removesuffix(".jinja"), jinja.from_string(text).render(facts)
-        (directory / name).write_text(text, encoding="utf-8")
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
-def _files(folder: Traversable) -> list[Traversable]:
-    return [file for file in sorted(folder.iterdir(), key=lambda file: file.name) if file.is_file()]
+def _files(folder: Traversable, within: str = "") -> Iterator[tuple[str, Traversable]]:
+    """The files of a folder and of those in it, by their paths within."""
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.is_file():
+            yield within + entry.name, entry
+        elif entry.name != "__pycache__" and not entry.name.startswith("."):  # what was built there
+            yield from _files(entry, f"{within}{entry.name}/")

@@ -65,15 +65,15 @@ def pad_with_mean_colour(pixels: np.ndarray, size: int) -> np.ndarray:
     return padded
 
 
-def validation_rows(recipe: Recipe, size: int) -> tuple[list[CacheRow], str]:
-    """Images to compare on, and where they come from: `export.images` held-out ones of the recipe's cache whose
-    annotations can be decoded, or generated scenes where there is no finished cache of this size."""
+def validation_rows(recipe: Recipe, size: int, images: int) -> tuple[list[CacheRow], str]:
+    """So many images to compare on, and where they come from: held-out ones of the recipe's cache whose annotations can
+    be decoded, or generated scenes where there is no finished cache of this size."""
     cache = _cache(recipe, size)
     if cache is None:
-        return [_scene_row(size, seed) for seed in range(recipe.export.images)], "generated scenes"
+        return [_scene_row(size, seed) for seed in range(images)], "generated scenes"
     _, held_out = cache.split(min(recipe.data.val_images, len(cache) - 1))
     rows = (row for row in (cache[index] for index in held_out) if _has_prompts(row))
-    found = list(islice(rows, recipe.export.images))
+    found = list(islice(rows, images))
     if not found:
         raise InputError(f"{recipe.cache.dir}: no held-out image has an annotation that can be decoded")
     return found, f"held-out images of {recipe.cache.dir}"

@@ -11,12 +11,15 @@ from embeddings_cache.system import TEMPORARY, publish, sha256
 
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Yield a temporary path with the same suffix; on success it becomes `path`, on failure it is removed."""
+    """Yield a temporary path with the same suffix; on success it becomes `path`, on failure it is removed. What is in
+    it can be read by whoever gets it: coremltools and safetensors keep some of their files to their maker."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     remove(temporary)
     try:
         yield temporary
+        for member in temporary.rglob("*"):
+            member.chmod(0o755 if member.is_dir() else 0o644)
         remove(path)
         publish(temporary, path)
     finally:

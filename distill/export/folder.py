@@ -1,49 +1,28 @@
 """Export: every format that the recipe names, each proven before it is kept, and the manifest that describes them."""
 
-import re
-import shutil
+import math
 import time
 import traceback
-from collections.abc import Callable
-from copy import deepcopy
-from functools import cache, partial
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
-from distill.clients import write_client
-from distill.export.coreml import (
-    BITS,
-    DECODER,
-    Conversions,
-    Origin,
-    conversions,
-    export_coreml_decoder,
-    export_coreml_encoder,
-)
-from distill.export.encoder import RgbEncoder, calibration_pictures, validation_rows
-from distill.export.files import digest, remove, size, whole_directory
+from distill.export.coreml import conversions
+from distill.export.encoder import validation_rows
+from distill.export.files import digest, remove, size
 from distill.export.handover import write_readme
-from distill.export.onnx import (
-    WEIGHTS_ALONE,
-    decoder_model,
-    encoder_model,
-    export_int8_encoder,
-    export_onnx_decoder,
-    export_onnx_encoder,
-    export_picture_encoder,
-    in_opset,
-    low_res_model,
-    marked,
-    picture_encoder_model,
-)
+from distill.export.makers import Make, makers
+from distill.export.onnx import WEIGHTS_ALONE
 from distill.export.proof import ParityError, Reference
-from distill.export.subject import Subject, is_untrained, load_subject, refusal, wanted_formats
+from distill.export.subject import Subject, is_untrained, load_subject, refusal, unfit, wanted_formats
+from distill.export.swift import FOLDER as SWIFT
+from distill.export.swift import packages_of, write_swift
+from distill.export.web import out_of_reach
 from distill.recipe import Recipe
 from distill.run import as_stored, chosen_student, is_current, is_whole
-from distill.schema import FORMATS, NEWEST_OPSET
-from embeddings_cache.images import resize_longest_side
+from distill.schema import COMPRESSED, FORMATS
 from embeddings_cache.shards import read_info
 from embeddings_cache.system import TEMPORARY, installed_versions, read_json, sha256, write_json
 from students import InputError, first_line, weight_files
@@ -51,9 +30,6 @@ from students import InputError, first_line, weight_files
 TOOLS = (
     "sam-distill", "torch", "timm", "segment-anything-py", "onnx", "onnxscript", "onnxruntime", "coremltools", "numpy",
 )  # fmt: skip
-
-Make = Callable[[Path], dict[str, Any]]
-"""Writes and proves a file; returns what the manifest says of it."""
 
 
 def export(recipe: Recipe, accelerator: Accelerator) -> bool:
@@ -105,19 +81,31 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
         say(f"export: {subject.note}")
     kept = clear(directory, inputs)
     formats = wanted_formats(recipe)
-    for kind in [kind for kind in formats if kind not in recipe.export.formats]:  # it was all that was asked for
-        if reason := refusal(kind, subject.image_size, subject.channels):
-            say(f"export: {reason}, and is left out")
+    for kind in formats.copy():
+        named = kind in recipe.export.formats  # and not all
+        reason = unfit(kind, subject) or (None if named else refusal(kind, subject.image_size, subject.channels))
+        if kind == "web" and kind not in kept:
+            reason = out_of_reach(say)
+        if reason and named:
+            raise InputError(f"export.formats: {reason}")
+        if reason:
+            say(f"export: {reason}; it is left out")
             formats.remove(kind)
-    wanted = [name for kind in formats for name in FORMATS[kind] if name not in kept]
+    called = {name: file_name(name, subject.prefix) for kind in formats for name in FORMATS[kind]}
+    wanted = [name for name in called if called[name] not in kept]
     if recipe.export.input == "native" and subject.encoder is subject.whole:
         say(f"export: export.input=native changes nothing, for {subject.name} looks at all {subject.image_size} px")
     with conversions(recipe, wanted) as coreml:
-        rows, images_from = validation_rows(recipe, subject.image_size)
+        rows, images_from = validation_rows(recipe, subject.image_size, recipe.export.images)
         reference = Reference(subject.encoder, subject.sam, rows, images_from)
         say(f"export: every file is compared with PyTorch on {len(rows)} {images_from}")
         functions = makers(recipe, subject, coreml, reference)
-        files, failures = make_files({directory / name: functions[name] for name in wanted}, say)
+        welcome = {name for kind in COMPRESSED if kind not in recipe.export.formats for name in FORMATS[kind]}
+        files, failures, left_out = make_files(
+            {directory / called[name]: functions[name] for name in wanted},
+            {called[name] for name in wanted if name in welcome},
+            say,
+        )
     manifest: dict[str, Any] = {
         "student": {
             "name": subject.name,
@@ -132,14 +120,22 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
         "note": subject.note,
         "versions": installed_versions(TOOLS),
         "files": {name: entry for name, entry in {**kept, **files}.items() if (directory / name).exists()},
+        "left_out": left_out,
         "made_from": inputs,
     }
     if failures:  # the next run tries again, for what these were made from is not said in full
         manifest |= {"failures": failures, "made_from": {"student_sha256": inputs["student_sha256"]}}
+    if packages := packages_of(manifest["files"]):
+        write_swift(directory / SWIFT, subject, packages)
     write_readme(directory / "README.md", manifest)
     write_json(directory / "manifest.json", manifest)
     if failures:
         raise ParityError("; ".join(failures))
+
+
+def file_name(name: str, prefix: str) -> str:
+    """What a file of `FORMATS` is called: Xcode makes a class of each package, of its name."""
+    return prefix + name if name.endswith(".mlpackage") else name
 
 
 def native_masks(subject: Subject, reference: Reference) -> dict[str, Any]:
@@ -152,16 +148,39 @@ def native_masks(subject: Subject, reference: Reference) -> dict[str, Any]:
     return {"mask_miou_with_whole_images": reference.agreement(whole)}
 
 
-def make_files(functions: dict[Path, Make], say: Callable[[str], None]) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """What the manifest says of every file that was made and proven, and a line for each that was not."""
-    files, failures = {}, []
+def make_files(
+    functions: dict[Path, Make], dispensable: Collection[str], say: Callable[[str], None]
+) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
+    """Make files, one after the other.
+
+    Args:
+        functions: what makes each.
+        dispensable: names of those that nobody asked for by name: they are left out where they are no good, or no
+            faster than what they stand for.
+        say: told what is going on.
+
+    Returns:
+        What the manifest says of every file that was made and proven; a line for each that should have been and was
+        not; and one for each that is left out.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    failures: list[str] = []
+    left_out: list[str] = []
     for path, make in functions.items():
         started = time.perf_counter()
         say(f"export: {path.name} ...")
         try:
             described = make(path)
+            if path.name in dispensable and described.get("times_as_fast", math.inf) <= 1:
+                remove(path)
+                raise ParityError(f"{path.name} is {described['times_as_fast']} times as fast as encoder.onnx here")
         except (ParityError, InputError) as error:
-            failures.append(str(error) if path.name in str(error) else f"{path.name} {error}")
+            line = str(error) if path.name in str(error) else f"{path.name} {error}"
+            if path.name in dispensable and isinstance(error, ParityError):
+                left_out.append(line)
+                say(f"export: {line}; it is left out")
+            else:
+                failures.append(line)
             continue
         except Exception as error:  # others' converters raise of many kinds; the other files can be made all the same
             traceback.print_exc()
@@ -169,7 +188,7 @@ def make_files(functions: dict[Path, Make], say: Callable[[str], None]) -> tuple
             continue
         files[path.name] = {"sha256": digest(path), "bytes": size(path), **described}
         say(f"export: {file_line(path.name, files[path.name])} ({time.perf_counter() - started:.0f} s)")
-    return files, failures
+    return files, failures, left_out
 
 
 def clear(directory: Path, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -182,7 +201,9 @@ def clear(directory: Path, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if _but_for_formats(earlier.get("made_from", {})) == _but_for_formats(as_stored(inputs)):
         return {name: entry for name, entry in earlier["files"].items() if is_whole(directory / name, entry)}
     ours = [name for names in FORMATS.values() for name in names]
-    for stale in ("manifest.json", "README.md", "decoder_cvat.onnx", *ours):  # the last of an earlier version
+    named = [name for name in earlier.get("files", {}) if name == Path(name).name]
+    always = ("manifest.json", "README.md", SWIFT, "decoder_cvat.onnx")  # the last of an earlier version
+    for stale in (*always, *ours, *named):
         remove(directory / stale)
     return {}
 
@@ -190,88 +211,6 @@ def clear(directory: Path, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _but_for_formats(inputs: dict[str, Any]) -> dict[str, Any]:
     settings = inputs.get("export") or {}
     return {**inputs, "export": {key: value for key, value in settings.items() if key != "formats"}}
-
-
-def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Reference) -> dict[str, Make]:
-    """The function that makes each file; what several are made of is made once."""
-    encoder, size, opset = RgbEncoder(subject.encoder).eval(), subject.image_size, recipe.export.opset
-    origin = Origin(subject.name, subject.teacher, subject.recipe)
-    exported = cache(
-        lambda: marked(encoder_model(encoder, recipe.export.dynamic_batch, NEWEST_OPSET), subject.fingerprint)
-    )
-    onnx = cache(lambda: in_opset(deepcopy(exported()), opset))
-    low_res = cache(lambda single: marked(low_res_model(subject.sam, single, opset), subject.fingerprint))
-
-    def coreml_encoder(path: Path) -> dict[str, Any]:
-        return export_coreml_encoder(coreml.model(path.name), reference, path, origin, BITS[path.name])
-
-    def onnx_decoder(path: Path, single: bool = True, crop: bool = False) -> dict[str, Any]:
-        return export_onnx_decoder(decoder_model(low_res(single), crop), reference, path)
-
-    def picture_encoder(path: Path, uint8: bool) -> dict[str, Any]:
-        return export_picture_encoder(picture_encoder_model(onnx(), uint8), reference, path)
-
-    def int8(path: Path) -> dict[str, Any]:
-        pictures = [resize_longest_side(each, encoder.image_size) for each in calibration_pictures(recipe, size)]
-        return export_int8_encoder(exported(), reference, path, pictures, opset)
-
-    def client(path: Path, functions: dict[str, Make]) -> dict[str, Any]:
-        """A tool's folder: files that are proven as any, and what the tool wants beside them."""
-        if reason := refusal(path.name, size, subject.channels):
-            raise InputError(reason)
-        with whole_directory(path) as folder:
-            folder.mkdir()
-            described = {name: make(folder / name) for name, make in functions.items()}
-            facts = {"name": slug(subject.name), "title": subject.name, "fingerprint": subject.fingerprint or ""}
-            write_client(path.name, folder, {**facts, "size": size})
-            contents = sorted(file.name for file in folder.iterdir())
-        parity = next(iter(described.values()))["parity"]
-        return {
-            "format": "folder",
-            "precision": "float32",
-            "contents": contents,
-            "files": described,
-            "parity": parity,
-        }
-
-    encoder_file = Once(lambda path: export_onnx_encoder(onnx(), reference, path))
-    decoder_file = Once(onnx_decoder)
-    cropped = partial(onnx_decoder, crop=True)
-    pictured = {f"encoder_hwc{end}.onnx": partial(picture_encoder, uint8=bool(end)) for end in ("", "_uint8")}
-    return {
-        "encoder.onnx": encoder_file,
-        "encoder_fp16.onnx": lambda path: export_onnx_encoder(onnx(), reference, path, float16=True),
-        "encoder_int8.onnx": int8,
-        "decoder.onnx": decoder_file,
-        "decoder_multimask.onnx": partial(onnx_decoder, single=False),
-        "cvat": partial(client, functions={"encoder.onnx": encoder_file, "decoder.onnx": cropped}),
-        "anylabeling": partial(client, functions={**pictured, "decoder.onnx": decoder_file}),
-        "label_studio": partial(client, functions={"encoder.onnx": encoder_file, "decoder.onnx": decoder_file}),
-        **dict.fromkeys(BITS, coreml_encoder),
-        DECODER: lambda path: export_coreml_decoder(coreml.model(path.name), reference, path, origin),
-    }
-
-
-class Once:
-    """Makes and proves a file once, and copies it where else it is wanted."""
-
-    def __init__(self, make: Make) -> None:
-        self.make = make
-        self.made: tuple[Path, dict[str, Any]] | None = None
-
-    def __call__(self, path: Path) -> dict[str, Any]:
-        if self.made is None or not self.made[0].exists():
-            described = self.make(path)
-            folder = path.parent.with_name(path.parent.name.removeprefix(TEMPORARY))  # which it is called in the end
-            self.made = folder / path.name, described
-        else:
-            shutil.copyfile(self.made[0], path)
-        return self.made[1]
-
-
-def slug(name: str) -> str:
-    """A name for files, functions and models of other programs: small letters, digits and underscores."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def file_line(name: str, entry: dict[str, Any]) -> str:
@@ -284,6 +223,10 @@ def file_line(name: str, entry: dict[str, Any]) -> str:
         words.append(f"differs from PyTorch by {parity['max_difference']:.1g}")
     if parity["mask_miou"] is not None:
         words.append(f"mask mIoU {parity['mask_miou']:.4f}")
+    if "mask_iou_p5" in parity.get("allowed", {}):
+        words.append(f"5th percentile {parity['mask_iou_p5']:.3f} of {parity['masks']}")
+    if "times_as_fast" in entry:
+        words.append(f"{entry['times_as_fast']} times as fast as float32 here")
     if (empty := parity.get("empty_masks", 0)) and empty > parity["masks"] / 2:
         words.append(f"{empty} of {parity['masks']} masks are empty")
     if entry["precision"] == WEIGHTS_ALONE:

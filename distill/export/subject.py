@@ -1,5 +1,6 @@
 """What is exported: an encoder from any checkpoint that loads, and the decoder that belongs to it."""
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -25,7 +26,9 @@ from students import (
 )
 
 NEED_MASKS = (
-    "onnx_int8", "onnx_decoder", "coreml", "coreml_8bit", "coreml_6bit", "cvat", "anylabeling", "label_studio"
+    "onnx_int8", "onnx_decoder", "onnx_decoder_batch", "onnx_trt", "coreml", "coreml_8bit", "coreml_6bit",
+    "coreml_6bit_grouped", "coreml_4bit", "coreml_decoder_8bit", "cvat",
+    "anylabeling", "label_studio", "web", "transformers_js", "huggingface",
 )  # fmt: skip
 """Formats that hold a decoder, or whose proof needs one."""
 
@@ -46,6 +49,13 @@ class Subject:
     whole: nn.Module
     sam: Sam | None
     note: str | None
+    asked: str | None = None
+    """`export.name`."""
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of Core ML packages: `export.name`, or the student's name as Swift writes it."""
+        return class_name(self.name) if self.asked is None else self.asked
 
     @property
     def image_size(self) -> int:
@@ -61,6 +71,14 @@ class Subject:
     def fingerprint(self) -> str | None:
         """What encoder and decoder that belong together have in common; None where there is no decoder."""
         return weights_sha256(self.sam)[:16] if self.sam else None
+
+
+def class_name(name: str) -> str:
+    """A student's name as a class is called in Swift: repvit_m2_3 → RepViTM23."""
+    words = "".join(word[:1].upper() + word[1:] for word in re.split(r"[^A-Za-z0-9]+", name))
+    for spelt in ("ViT", "NeXt", "Net", "SAM"):
+        words = re.sub(spelt, spelt, words, flags=re.IGNORECASE)
+    return words if words[:1].isalpha() else f"Student{words}"
 
 
 def wanted_formats(recipe: Recipe) -> list[str]:
@@ -105,6 +123,18 @@ def refusal(kind: str, image_size: int, channels: int | None) -> str | None:
     return None
 
 
+def unfit(kind: str, subject: Subject) -> str | None:
+    """Why a format cannot be made of this encoder, where it cannot."""
+    if kind == "huggingface" and not isinstance(subject.whole, StudentEncoder):
+        return (
+            f"huggingface takes students; {subject.name} has an encoder that transformers' SamModel knows: "
+            "stage=convert writes it"
+        )
+    if kind == "transformers_js" and subject.encoder is not subject.whole:
+        return "transformers_js goes with export.input=sam: it knows one size, of pictures and of prompts"
+    return None
+
+
 def is_untrained(path: Path) -> bool:
     """Whether a student holds the weights that training starts from (`train.epochs=0`)."""
     return is_our_student(path) and read_metadata(path).get("steps") == "0"
@@ -116,14 +146,14 @@ def load_subject(recipe: Recipe) -> Subject:
     Raises:
         InputError: there is none, it is damaged or was not trained, or it does not fit the decoder.
     """
-    path = chosen_student(recipe)
+    path, asked = chosen_student(recipe), recipe.export.name
     if not is_our_student(path):
         sam = load_checkpoint(path)
         name, has_decoder = identify(path)
         whole = sam.image_encoder
         encoder, decoder = _as_asked(whole, recipe), sam if has_decoder else None
         notes = (left_out(sam), _learnt_otherwise(encoder))
-        return Subject(name, name, None, encoder, whole, decoder, "; ".join(filter(None, notes)) or None)
+        return Subject(name, name, None, encoder, whole, decoder, "; ".join(filter(None, notes)) or None, asked)
     student = load_student(path)
     if is_untrained(path):
         raise InputError(f"{path} was not trained: it holds the weights that training starts from")
@@ -131,7 +161,7 @@ def load_subject(recipe: Recipe) -> Subject:
     if sam is None:
         note = "there is no mask decoder: embeddings alone are compared"
     encoder = _as_asked(student, recipe)
-    return Subject(student.config.name, recipe.teacher.name, recipe.name, encoder, student, sam, note)
+    return Subject(student.config.name, recipe.teacher.name, recipe.name, encoder, student, sam, note, asked)
 
 
 def _learnt_otherwise(encoder: nn.Module) -> str | None:

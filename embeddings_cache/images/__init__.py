@@ -2,7 +2,15 @@
 
 from embeddings_cache.images.annotations import bounding_box, center_point, decode_masks, usable_annotation
 from embeddings_cache.images.archives import is_archive
-from embeddings_cache.images.decoding import AS_OPENCV, SIXTEEN_BIT, Reading, decode_image, decode_picture, reason_of
+from embeddings_cache.images.decoding import (
+    AS_OPENCV,
+    SIXTEEN_BIT,
+    Reading,
+    TooManyPixels,
+    decode_image,
+    decode_picture,
+    reason_of,
+)
 from embeddings_cache.images.folders import annotated_pictures
 from embeddings_cache.images.polygons import CocoFile
 from embeddings_cache.images.preprocessing import (
@@ -39,6 +47,7 @@ __all__ = [
     "Skipped",
     "SkippedSamples",
     "Survey",
+    "TooManyPixels",
     "annotated_pictures",
     "assign_sources",
     "bounding_box",

@@ -37,6 +37,11 @@ class Reading:
 
 AS_OPENCV = Reading()
 
+
+class TooManyPixels(ValueError):
+    """A picture is larger than what is read of any."""
+
+
 if "PILLOW_BLOCKS_MAX" not in os.environ:
     # Pillow gives the memory of each picture back to the system, which takes as long to clear it for the next one as
     # decoding does. Four blocks of 16 MiB are what a photograph of 16 megapixels takes.
@@ -65,13 +70,13 @@ def decode_picture(
         noted: is told of what came out otherwise than one may think.
 
     Raises:
-        ValueError: it has more pixels than `reading` allows, by its header.
+        TooManyPixels: it has more than `reading` allows, by its header.
     """
     Image.MAX_IMAGE_PIXELS = None  # ours is compared below, before a pixel is decoded
     with Image.open(io.BytesIO(encoded), formats=format_names()) as image:
         width, height = image.size
         if width * height > reading.max_pixels:
-            raise ValueError(f"{width}×{height} px are more than data.max_pixels={reading.max_pixels}")
+            raise TooManyPixels(f"{width}×{height} px are more than data.max_pixels={reading.max_pixels}")
         image.load()  # where a PNG's EXIF follows its pixels it is known only now
         orientation = _orientation(image)
         if image.mode.startswith("I") or image.mode == "F":

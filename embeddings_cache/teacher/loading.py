@@ -9,7 +9,16 @@ from torch import nn
 
 from embeddings_cache.teacher.toy import load_toy_teacher, read_toy_state
 from embeddings_cache.teacher.vit import fuse_attention
-from students import VITS, Contents, InputError, inspect_checkpoint, known_architectures, load_checkpoint
+from students import (
+    VITS,
+    Contents,
+    InputError,
+    fetch_from_hub,
+    inspect_checkpoint,
+    is_hub_address,
+    known_architectures,
+    load_checkpoint,
+)
 
 SAM_IMAGE_SIZE = 1024
 
@@ -47,6 +56,8 @@ def check_teacher(name: str, checkpoint: str | None, image_size: int) -> None:
         return
     if checkpoint is None:
         raise InputError(f"teacher {name} needs its weights: teacher.checkpoint=FILE")
+    if is_hub_address(checkpoint):  # what could be fetched goes by its path
+        fetch_from_hub(checkpoint)
     if not Path(checkpoint).exists():
         other = name in VITS and image_size != SAM_IMAGE_SIZE
         hint = f"; segment-anything's own works at image_size={SAM_IMAGE_SIZE}, not {image_size}" if other else ""

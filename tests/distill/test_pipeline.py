@@ -212,5 +212,5 @@ def test_repvit_m2_3_learns_from_a_vit_b_at_1024_px(tmp_path: Path, scene_tar: P
     parameters = sum(p.numel() for p in load_student(tmp_path / "run" / "student.safetensors").parameters())
     assert parameters == 23_158_920
     assert os.path.getsize(tmp_path / "run" / "export" / "encoder.onnx") > 4 * 22_000_000
-    description = MilProgram(tmp_path / "run" / "export" / "Decoder.mlpackage").inputs["point_coords"]
-    assert description.shapes == [[range(1, 2), range(1, 19), range(2, 3)]]
+    description = MilProgram(tmp_path / "run" / "export" / "RepViTM23Decoder.mlpackage").inputs["point_coords"]
+    assert description.shapes == [[range(1, 2), range(18, 19), range(2, 3)]]

@@ -14,15 +14,17 @@ import torch
 
 from distill.export.coreml.conversion import compress, convert_decoder, convert_encoder
 from distill.export.coreml.package import require_coremltools, require_writer
-from distill.export.decoder import PromptDecoder
+from distill.export.coreml.weights import DECODER, ENCODER, FULL, PACKAGES
 from distill.export.encoder import RgbEncoder
 from distill.export.subject import load_subject
 from distill.recipe import Recipe
 from students import InputError
 
-ENCODER, DECODER = "Encoder.mlpackage", "Decoder.mlpackage"
-BITS = {ENCODER: None, "Encoder_8bit.mlpackage": 8, "Encoder_6bit.mlpackage": 6}
-"""Encoders, and how many their weights have; None for float16."""
+
+def source_of(name: str) -> str:
+    """The package that a compressed one is made of; one for iOS 18 is not handed over itself."""
+    whole = ENCODER if name.startswith("Encoder") else DECODER
+    return f"iOS18{whole}" if PACKAGES[name].grouped else whole
 
 
 class Conversions:
@@ -43,8 +45,8 @@ class Conversions:
         """
         require_writer()
         try:
-            if BITS.get(name):
-                self.futures[ENCODER].result()  # without which there is nothing to compress
+            if PACKAGES[name].bits:
+                self.futures[source_of(name)].result()  # without which there is nothing to compress
             self.futures[name].result()
         except BrokenProcessPool:
             raise InputError("its conversion was killed, most likely for want of memory") from None
@@ -54,12 +56,11 @@ class Conversions:
 @contextmanager
 def conversions(recipe: Recipe, names: list[str]) -> Iterator[Conversions]:
     """Begin to make these packages of the recipe's student; nothing where there are none."""
-    order = [name for name in (*BITS, DECODER) if name in names]
-    if not order or not _can_write():
+    asked = [name for name in PACKAGES if name in names]
+    if not asked or not _can_write():
         yield Conversions(Path(), {})  # whose models say why they cannot be had
         return
-    if order != [DECODER]:
-        order = list(dict.fromkeys([ENCODER, *order]))  # which the compressed ones are made of
+    order = dict.fromkeys(each for name in asked for each in (source_of(name), name))
     with TemporaryDirectory(prefix="coreml-") as scratch, ProcessPoolExecutor(1, get_context("spawn")) as pool:
         folder = Path(scratch)
         try:
@@ -78,15 +79,17 @@ def _can_write() -> bool:
 
 def _make(recipe: Recipe, folder: Path, name: str) -> None:
     torch.set_num_threads(1)  # the other cores are busy
-    if bits := BITS.get(name):
-        model = compress(_load(folder / ENCODER), bits)
+    weights = PACKAGES.get(name, FULL)
+    if weights.bits:
+        model = compress(_load(folder / source_of(name)), weights)
     else:
         subject = load_subject(recipe)
-        if name == ENCODER:
-            model = convert_encoder(RgbEncoder(subject.encoder, eight_bit=True).eval())
+        newest = name.startswith("iOS18")
+        if name.endswith(ENCODER):
+            model = convert_encoder(RgbEncoder(subject.encoder, eight_bit=True).eval(), newest)
         else:
             assert subject.sam is not None
-            model = convert_decoder(PromptDecoder(subject.sam).eval(), subject.sam)
+            model = convert_decoder(subject.sam, newest)
     model.save(str(folder / name))
 
 

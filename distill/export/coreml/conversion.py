@@ -1,4 +1,5 @@
-"""PyTorch → Core ML: ML Programs in float16 for iOS 16 and macOS 13 up, not saved, described or compared yet."""
+"""PyTorch → Core ML: ML Programs in float16, for iOS 16 and macOS 13 up unless they are asked to need more; not saved,
+described or compared yet."""
 
 import io
 from collections.abc import Iterator
@@ -10,8 +11,9 @@ import torch
 from segment_anything.modeling import Sam
 from torch import nn
 
+from distill.export.batch import BatchDecoder
 from distill.export.coreml.package import require_coremltools
-from distill.export.decoder import PromptDecoder
+from distill.export.coreml.weights import Weights
 from distill.export.encoder import RgbEncoder
 from distill.export.quiet import quietly
 from students import InputError, first_line
@@ -20,52 +22,54 @@ MAX_POINTS = 18
 """16 points, and a box as two."""
 
 
-def convert_encoder(encoder: RgbEncoder) -> Any:
-    """A `coremltools` model of an encoder, not saved yet.
+def convert_encoder(encoder: RgbEncoder, newest: bool = False) -> Any:
+    """A `coremltools` model of an encoder, not saved yet; `newest`: for iOS 18, and what only that knows.
 
     Raises:
         InputError: coremltools is not installed.
     """
     ct, size = require_coremltools(), encoder.image_size
     image = ct.ImageType(name="image", shape=(1, 3, size, size), color_layout=ct.colorlayout.RGB)
-    return _convert(encoder, (torch.zeros(1, 3, size, size),), [image], ["image_embeddings"])
+    return _convert(encoder, (torch.zeros(1, 3, size, size),), [image], ["image_embeddings"], newest)
 
 
-def convert_decoder(decoder: PromptDecoder, sam: Sam) -> Any:
-    """A `coremltools` model of a decoder, not saved yet."""
+def convert_decoder(sam: Sam, newest: bool = False) -> Any:
+    """A `coremltools` model of a SAM's decoder of one prompt, not saved yet: of a fixed size, for the Neural Engine
+    runs a flexible one at its default alone. `newest` as for `convert_encoder`."""
     ct = require_coremltools()
     cells = sam.prompt_encoder.image_embedding_size[0]
-    embedding = (1, sam.prompt_encoder.embed_dim, cells, cells)
-    count = ct.RangeDim(lower_bound=1, upper_bound=MAX_POINTS, default=2)
-    points = torch.export.Dim("points", min=1, max=MAX_POINTS)
+    embedding, mask = (1, sam.prompt_encoder.embed_dim, cells, cells), (1, 1, 4 * cells, 4 * cells)
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "image_embeddings": (embedding, np.float16),
+        "point_coords": ((1, MAX_POINTS, 2), np.float32),
+        "point_labels": ((1, MAX_POINTS), np.float32),
+        "mask_input": (mask, np.float16),
+        "has_mask_input": ((1,), np.float16),
+    }
     return _convert(
-        decoder,
-        (torch.zeros(embedding), torch.zeros(1, 2, 2), torch.ones(1, 2)),
-        [
-            ct.TensorType(name="image_embeddings", shape=embedding, dtype=np.float16),
-            ct.TensorType(name="point_coords", shape=(1, count, 2), dtype=np.float32),
-            ct.TensorType(name="point_labels", shape=(1, count), dtype=np.float32),
-        ],
+        BatchDecoder(sam).eval(),
+        tuple(torch.zeros(shape) for shape, _ in shapes.values()),
+        [ct.TensorType(name=name, shape=shape, dtype=dtype) for name, (shape, dtype) in shapes.items()],
         ["low_res_masks", "iou_predictions"],
-        dynamic_shapes=({}, {1: points}, {1: points}),
+        newest,
         precision=_without_angles(),
     )
 
 
-def compress(model: Any, bits: int | None) -> Any:
-    """Weights in 8 bits, linear in each channel, in 6, a palette for each tensor, or as they are; activations stay
-    float16."""
-    if bits is None:
+def compress(model: Any, weights: Weights) -> Any:
+    """A model with fewer bits for its weights; activations stay float16."""
+    if weights.bits is None:
         return model
     require_coremltools()
     import coremltools.optimize.coreml as optimize
 
     config: Any
     with _silent():
-        if bits == 8:
+        if weights.bits == 8:
             config = optimize.OpLinearQuantizerConfig(mode="linear_symmetric", granularity="per_channel")
             return optimize.linear_quantize_weights(model, optimize.OptimizationConfig(global_config=config))
-        config = optimize.OpPalettizerConfig(mode="kmeans", nbits=bits)
+        grouped = {"granularity": "per_grouped_channel", "group_size": weights.group} if weights.grouped else {}
+        config = optimize.OpPalettizerConfig(mode="kmeans", nbits=weights.bits, **grouped)
         return optimize.palettize_weights(model, optimize.OptimizationConfig(global_config=config))
 
 
@@ -74,12 +78,12 @@ def _convert(
     example: tuple[torch.Tensor, ...],
     inputs: list[Any],
     outputs: list[str],
-    dynamic_shapes: Any = None,
+    newest: bool,
     precision: Any = None,
 ) -> Any:
     ct = require_coremltools()
     with _silent(), torch.no_grad():
-        program = torch.export.export(module, example, dynamic_shapes=dynamic_shapes).run_decompositions({})
+        program = torch.export.export(module, example).run_decompositions({})
         _without_aliases(program.graph_module)
         try:
             return ct.convert(
@@ -87,7 +91,7 @@ def _convert(
                 inputs=inputs,
                 outputs=[ct.TensorType(name=name) for name in outputs],
                 convert_to="mlprogram",
-                minimum_deployment_target=ct.target.iOS16,
+                minimum_deployment_target=ct.target.iOS18 if newest else ct.target.iOS16,
                 compute_precision=precision or ct.precision.FLOAT16,
                 skip_model_load=True,
             )

@@ -9,21 +9,20 @@ from typing import Any
 import numpy as np
 
 from distill.export.coreml.origin import Origin
+from distill.export.coreml.package import save_package
 from distill.export.coreml.program import MilProgram
 from distill.export.coreml.runtime import CoremlRuntime, Program, runtime_available
+from distill.export.coreml.weights import FULL, Weights
 from distill.export.files import whole_directory
-from distill.export.proof import FLOAT16, Bounds, Encode, Reference, within
+from distill.export.proof import COMPRESSED, FLOAT16, Encode, Reference, within
 from embeddings_cache.images import PIXEL_MEAN
 
 PADDING_COLOUR = tuple(round(channel) for channel in PIXEL_MEAN)
 """The mean colour in 8 bits, which an `eight_bit` encoder takes for the mean itself."""
 
-COMPRESSED = Bounds(relative_error=0.15, mask_miou=0.98)
-"""Of 8-bit and 6-bit weights. The masks decide; an embedding further off than that is another one."""
-
 
 def export_coreml_encoder(
-    model: Any, reference: Reference, path: Path, origin: Origin, bits: int | None = None
+    model: Any, reference: Reference, path: Path, origin: Origin, weights: Weights = FULL
 ) -> dict[str, Any]:
     """Write a Core ML encoder; nothing is left at `path` unless it agrees with PyTorch.
 
@@ -32,7 +31,7 @@ def export_coreml_encoder(
         reference: what PyTorch makes of some images.
         path: of the package, a directory.
         origin: for its metadata.
-        bits: of its weights where they are compressed.
+        weights: how it keeps them.
 
     Returns:
         Inputs, outputs and parity, for the manifest.
@@ -47,19 +46,19 @@ def export_coreml_encoder(
     )
     model.output_description["image_embeddings"] = "embedding for Segment Anything's prompt encoder and mask decoder"
     with whole_directory(path) as temporary:
-        model.save(str(temporary))
+        save_package(model, temporary)
         parity = reference.parity(coreml_encode(MilProgram(temporary), size))
-        if bits is None:
+        if weights.bits is None:
             exact = coreml_encode(MilProgram(temporary, float16=False), size)
             parity["relative_error_in_float32"] = reference.relative_error(exact)
         if runtime_available():
             parity["runtime"] = reference.parity(coreml_encode(CoremlRuntime(temporary), size))
-            within(path.name, parity["runtime"], COMPRESSED if bits else FLOAT16)
-        parity = within(path.name, parity, COMPRESSED if bits else FLOAT16)
+            within(path.name, parity["runtime"], COMPRESSED if weights.bits else FLOAT16)
+        parity = within(path.name, parity, COMPRESSED if weights.bits else FLOAT16)
     return {
         "format": "coreml",
-        "precision": f"float16, weights in {bits} bits" if bits else "float16",
-        "minimum_deployment_target": "iOS 16, macOS 13",
+        "precision": weights.precision,
+        "minimum_deployment_target": weights.target,
         "inputs": {
             "image": {
                 "shape": [1, 3, size, size],

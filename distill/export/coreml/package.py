@@ -61,6 +61,12 @@ def require_writer() -> None:
             ) from error
 
 
+def save_package(model: Any, path: Path) -> None:
+    """Write a `coremltools` model, without what coremltools notes for debuggers."""
+    model.save(str(path))
+    (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+
+
 def open_package(package: Path) -> tuple[Any, Any]:
     """A package as coremltools' model, which is not loaded into Core ML, and as its specification."""
     models = require_coremltools().models

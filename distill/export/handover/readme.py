@@ -1,6 +1,7 @@
 """`export/README.md`, for the person who receives the folder."""
 
 import re
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,25 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from distill.export.coreml import MAX_POINTS, PADDING_COLOUR
+from distill.export.swift import packages_of
 from embeddings_cache.system import whole_file
 
 CLIENTS = {
     "cvat": "CVAT's plugin for Segment Anything, a Nuclio function, and an agent for CVAT Online",
     "anylabeling": "AnyLabeling, X-AnyLabeling and samexporter",
     "label_studio": "a backend for Label Studio",
+    "transformers_js": "transformers.js, in Node and in browsers",
+    "huggingface": "transformers, and a repository on the Hugging Face hub, with a model card",
+    "web": "a page for browsers, which any web server hands out",
 }
 """Folders among the files, and whom they are for."""
+
+
+ENGINES = ("encoder_trt.onnx", "decoder_trt.onnx")
+"""Files for TensorRT."""
+
+WHOLE_DECODERS = ("decoder.onnx", "decoder_multimask.onnx")
+"""Those that complete a prompt, and give masks at the image's size."""
 
 
 def write_readme(path: Path, manifest: dict[str, Any]) -> None:
@@ -26,7 +38,7 @@ def write_readme(path: Path, manifest: dict[str, Any]) -> None:
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     jinja.filters["code"] = "`{}`".format
     text = jinja.from_string(_resource("README.md.jinja")).render(
-        manifest={"failures": [], **manifest},
+        manifest={"failures": [], "left_out": [], **manifest},
         made=made,
         images_from=next((file["parity"].get("images_from") for file in made.values()), None),
         size=manifest["student"]["image_size"],
@@ -35,16 +47,21 @@ def write_readme(path: Path, manifest: dict[str, Any]) -> None:
         max_points=MAX_POINTS,
         onnx=[name for name in made if name.endswith(".onnx")],
         packages=[name for name in made if name.endswith(".mlpackage")],
-        decoders=[name for name in files if name.rsplit("/")[-1].lower().startswith("decoder")],
-        onnx_encoders=encoders,
-        onnx_decoders=[name for name in made if name.startswith("decoder")],
+        coreml_encoder=next((name for name in made if name.endswith("Encoder.mlpackage")), None),
+        coreml_decoder=next((name for name in made if name.endswith("Decoder.mlpackage")), None),
+        compressed=[(name, file) for name, file in made.items() if "mask_iou_p5" in file["parity"].get("allowed", {})],
+        decoders=[name for name in files if "decoder" in name.rsplit("/")[-1].lower()],
+        onnx_encoders=[name for name in encoders if name not in ENGINES],
+        onnx_decoders=[name for name in made if name in WHOLE_DECODERS],
+        engines=[name for name in made if name in ENGINES],
         opset=next((file["opset"] for name, file in files.items() if name.endswith(".onnx")), None),
         clients={name: whom for name, whom in CLIENTS.items() if name in made},
         dynamic=any(not isinstance(made[name]["inputs"]["image"]["shape"][0], int) for name in encoders),
         on_a_mac=any("runtime" in file["parity"] for file in made.values()),
         python=snippet("segment.py", manifest),
         javascript=snippet("segment.mjs", manifest),
-        swift=snippet("Segment.swift", manifest),
+        apps=packages_of(made),
+        swift=swift_snippet(made),
     )
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -57,6 +74,14 @@ def snippet(name: str, manifest: dict[str, Any]) -> str:
     for word, key in (("size", "image_size"), ("input", "input_size")):
         text = re.sub(rf"(\b{word} = )1024", rf"\g<1>{manifest['student'][key]}", text, count=1, flags=re.IGNORECASE)
     return text
+
+
+def swift_snippet(made: Iterable[str]) -> str:
+    """An app's code, for the packages of this export; nothing where there are none."""
+    text, packages = _resource("snippets/Segment.swift").strip(), packages_of(made)
+    for word, package in zip(("ENCODER", "DECODER"), packages or (), strict=False):
+        text = text.replace(word, package.removesuffix(".mlpackage"))
+    return text if packages else ""
 
 
 def _resource(name: str) -> str:

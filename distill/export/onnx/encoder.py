@@ -1,6 +1,5 @@
 """`encoder.onnx` and `encoder_fp16.onnx`, compared with PyTorch through ONNX Runtime before they are kept."""
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +7,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnxruntime.transformers.float16 import convert_float_to_float16
 from PIL import Image
 
 from distill.export.encoder import RgbEncoder, pad_with_mean_colour
 from distill.export.onnx.file import TWO_GIGABYTES, onnx_model, open_session, opset_of
+from distill.export.onnx.float16 import in_float16
 from distill.export.proof import FLOAT16, Bounds, Encode, ParityError, Reference, within
-from distill.export.quiet import quietly
 from distill.schema import OLDEST_OPSET
 from embeddings_cache.images import PIXEL_MEAN, resize_longest_side
 from embeddings_cache.system import whole_file
@@ -42,8 +40,7 @@ def export_onnx_encoder(
         ParityError: the file does not reproduce the encoder.
     """
     if float16:
-        with quietly("onnxruntime"):
-            model = convert_float_to_float16(deepcopy(model), keep_io_types=True, disable_shape_infer=True)
+        model = in_float16(model)
     with whole_file(path) as temporary:
         onnx.save(model, temporary)
         parity = within(path.name, reference.parity(onnx_encode(temporary)), FLOAT16 if float16 else FLOAT32)

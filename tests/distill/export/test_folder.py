@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from distill.export import folder, subject
+from distill.export import folder, makers, proof, subject
 from distill.export.encoder import pad_with_mean_colour
 from distill.export.files import digest
 from distill.export.folder import export
@@ -139,7 +140,7 @@ def test_every_format_of_a_publishers_checkpoint(tmp_path: Path, cli: Cli) -> No
     assert manifest["student"]["name"] == manifest["teacher"] == "repvit_m1_0-fuse"
     for name, entry in manifest["files"].items():
         assert entry["sha256"] == digest(directory / name)
-    for name in ("Encoder.mlpackage", "cvat"):
+    for name in ("RepViTM10FuseEncoder.mlpackage", "cvat"):
         unused = " ! -path '*/__pycache__/*'" if name == "cvat" else ""
         sums = f"cd {name} && find . -type f{unused} | LC_ALL=C sort | xargs sha256sum | sha256sum"
         assert f"({sums})" in (directory / "README.md").read_text()
@@ -151,6 +152,7 @@ def test_every_format_of_a_publishers_checkpoint(tmp_path: Path, cli: Cli) -> No
     }
     assert len(marks) == 1
     assert len(list(directory.rglob("*.onnx"))) == 10
+    assert 'forResource: "RepViTM10FuseDecoder"' in (directory / "swift" / "README.md").read_text()
 
 
 def test_what_cvat_cannot_take_is_refused_at_once(
@@ -242,6 +244,63 @@ def test_the_exit_code_of_an_export_that_is_wrong_is_1(
     assert len(said.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("repvit_m2_3", "RepViTM23"),
+        ("tiny_vit_5m", "TinyViT5m"),
+        ("repvit_m1_0-fuse", "RepViTM10Fuse"),
+        ("mobile_sam", "MobileSAM"),
+        ("convnext_atto", "ConvNeXtAtto"),
+        ("21k.model", "Student21kModel"),
+    ],
+)
+def test_packages_are_called_as_swift_calls_classes(name: str, expected: str) -> None:
+    assert subject.class_name(name) == expected
+    assert folder.file_name("Encoder_8bit.mlpackage", expected) == f"{expected}Encoder_8bit.mlpackage"
+    assert folder.file_name("encoder.onnx", expected) == "encoder.onnx"
+
+
+def test_a_name_that_is_none_for_a_class_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "recipe=quickstart", "export.name=my-model")
+    assert "export.name=my-model is no name of a class" in said
+
+
+def test_what_nobody_asked_for_by_name_may_be_left_out(tmp_path: Path) -> None:
+    """Files of few bits, under `all`: those that are no good, or no faster."""
+
+    def makes(**entry: Any) -> folder.Make:
+        def make(path: Path) -> dict[str, Any]:
+            path.write_text("a file")
+            return {"precision": "int8", "parity": {"max_difference": 0.1, "mask_miou": 0.99}, **entry}
+
+        return make
+
+    def bad(path: Path) -> dict[str, Any]:
+        raise ParityError(f"{path.name} differs from PyTorch: mask mIoU 0.9, allowed is at least 0.98")
+
+    names = ("good", "slow", "bad", "asked", "bad_asked")
+    functions = (makes(times_as_fast=1.3), makes(times_as_fast=0.9), bad, makes(times_as_fast=0.9), bad)
+    said: list[str] = []
+    paths = dict(zip((tmp_path / name for name in names), functions, strict=True))
+    files, failures, left_out = folder.make_files(paths, names[:3], said.append)
+    assert set(files) == {"good", "asked"} == {path.name for path in tmp_path.iterdir()}
+    assert [line.split()[0] for line in left_out] == ["slow", "bad"]
+    assert [line.split()[0] for line in failures] == ["bad_asked"]
+    assert any("slow is 0.9 times as fast as encoder.onnx here; it is left out" in line for line in said)
+
+
+def test_the_worst_masks_are_bounded_too() -> None:
+    """A mean of 0.985 may hide that every tenth mask is another one."""
+    ious = [1.0] * 90 + [0.85] * 10
+    told = proof.spread(ious)
+    assert told == {"mask_miou": 0.985, "mask_iou_p5": 0.85, "masks_below_0.9": 0.1}
+    parity = {"relative_error": 0.01, **told}
+    with pytest.raises(ParityError, match=r"5th percentile of masks' IoUs 0.85, allowed is at least 0.9"):
+        proof.within("encoder_int8.onnx", parity, proof.COMPRESSED)
+    assert proof.within("x", {**parity, "mask_iou_p5": 0.91}, proof.COMPRESSED)["allowed"]["mask_iou_p5"] == 0.9
+
+
 @pytest.mark.slow
 def test_what_an_earlier_student_left_goes_first(finished_run: Path, tmp_path: Path, accelerator: Accelerator) -> None:
     directory = tmp_path / "run" / "export"
@@ -314,7 +373,10 @@ def test_without_coremltools_the_formats_that_need_it_are_named(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(subject, "find_spec", lambda name: None)
     said = refused(capsys, f"checkpoint={finished_run / 'run' / 'student.safetensors'}", "export.formats=[all]")
-    assert "export.formats: coreml, coreml_8bit, coreml_6bit needs coremltools, which is not installed" in said
+    assert (
+        "coreml, coreml_8bit, coreml_6bit, coreml_6bit_grouped, coreml_4bit, coreml_decoder_8bit needs coremltools"
+        in said
+    )
 
 
 @pytest.mark.slow
@@ -332,7 +394,7 @@ def test_formats_that_cannot_be_made_cost_their_own_files(
         raise RuntimeError("of a converter's own")
 
     monkeypatch.setitem(sys.modules, "coremltools.libmilstoragepython", None)
-    monkeypatch.setattr(folder, "export_onnx_decoder", fail)
+    monkeypatch.setattr(makers, "export_onnx_decoder", fail)
     run = Path(shutil.copytree(finished_run / "run", tmp_path / "run"))
     shutil.rmtree(run / "export")
     shutil.rmtree(run / "report")

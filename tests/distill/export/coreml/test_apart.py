@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from distill.export.coreml.apart import DECODER, ENCODER, Conversions, conversions
+from distill.export.coreml.apart import Conversions, conversions
+from distill.export.coreml.weights import DECODER, ENCODER
 from students import InputError
 from support import TINY, Cli, places
 
@@ -42,7 +43,11 @@ def test_compressed_weights_alone(finished_run: Path, tmp_path: Path, cli: Cli) 
     )
     assert result.returncode == 0, result.stderr
     directory = tmp_path / "run" / "export"
-    assert sorted(path.name for path in directory.iterdir()) == ["Encoder_8bit.mlpackage", "README.md", "manifest.json"]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "README.md",
+        "RepViTM09Encoder_8bit.mlpackage",
+        "manifest.json",
+    ]
     (entry,) = json.loads((directory / "manifest.json").read_text())["files"].values()
     assert entry["precision"] == "float16, weights in 8 bits"
     assert entry["parity"]["mask_miou"] >= 0.98

@@ -9,10 +9,11 @@ from segment_anything import SamPredictor
 
 from distill.export.coreml import encoder as coreml
 from distill.export.coreml.conversion import compress, convert_decoder, convert_encoder
-from distill.export.coreml.decoder import export_coreml_decoder
+from distill.export.coreml.decoder import decoder_feeds, export_coreml_decoder
 from distill.export.coreml.encoder import PADDING_COLOUR, export_coreml_encoder, pad_with_rounded_mean
 from distill.export.coreml.origin import Origin
 from distill.export.coreml.program import MilProgram
+from distill.export.coreml.weights import Weights
 from distill.export.decoder import PromptDecoder
 from distill.export.encoder import RgbEncoder
 from distill.export.prompts import points_of
@@ -99,7 +100,9 @@ def test_compressed_weights_take_less_and_are_compared_too(tmp_path: Path) -> No
     errors, sizes = [], []
     for bits in (None, 8):
         package = tmp_path / f"Encoder_{bits}.mlpackage"
-        parity = export_coreml_encoder(compress(model, bits), compared, package, ORIGIN, bits)["parity"]
+        parity = export_coreml_encoder(compress(model, Weights(bits)), compared, package, ORIGIN, Weights(bits))[
+            "parity"
+        ]
         errors.append(parity["relative_error"])
         sizes.append(sum(path.stat().st_size for path in package.rglob("weight.bin")))
     assert sizes[1] < 0.6 * sizes[0]
@@ -110,7 +113,7 @@ def test_compressed_weights_take_less_and_are_compared_too(tmp_path: Path) -> No
 def test_six_bits_are_a_palette(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(coreml, "COMPRESSED", Bounds(relative_error=0.2))  # drawn weights have no masks to keep
     package = tmp_path / "Encoder_6bit.mlpackage"
-    export_coreml_encoder(compress(converted(), 6), reference_of(), package, ORIGIN, 6)
+    export_coreml_encoder(compress(converted(), Weights(6)), reference_of(), package, ORIGIN, Weights(6))
     function = specification(package).mlProgram.functions["main"]
     operations = {op.type for op in function.block_specializations[function.opset].operations}
     assert "constexpr_lut_to_dense" in operations
@@ -141,7 +144,7 @@ def test_an_earlier_package_gives_way_to_a_new_one(tmp_path: Path) -> None:
 
 
 def converted_decoder() -> object:
-    return convert_decoder(PromptDecoder(toy()).eval(), toy())
+    return convert_decoder(toy())
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +162,7 @@ def test_a_decoder_takes_1_to_16_points_and_a_box(count: int, with_box: bool, de
     prompt = {"point_coords": rng.uniform(0, 200, (count, 2)), "point_labels": rng.integers(0, 2, count)}
     if with_box:
         prompt["box"] = np.array([20, 30, 150, 180])
-    coords, labels = points_of(predictor, prompt)
-    embedding = predictor.features.numpy().astype(np.float16)
-    found = MilProgram(decoder[0])({"image_embeddings": embedding, "point_coords": coords, "point_labels": labels})
+    found = MilProgram(decoder[0])(decoder_feeds(predictor.features.numpy(), *points_of(predictor, prompt)))
     _, iou, low_res = predictor.predict(**prompt, multimask_output=True)
     assert relative_error(found["low_res_masks"][0, 1:], low_res) < 1e-2
     np.testing.assert_allclose(found["iou_predictions"][0, 1:], iou, atol=1e-2)
@@ -186,3 +187,46 @@ def test_a_decoder_of_another_sam_is_refused(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ParityError, match=r"^Decoder\.mlpackage differs from PyTorch"):
         export_coreml_decoder(converted_decoder(), compared, tmp_path / "Decoder.mlpackage", ORIGIN)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_package_can_be_read_by_whoever_gets_it(decoder: tuple[Path, dict]) -> None:
+    package = decoder[0]
+    modes = {path.relative_to(package).as_posix(): path.stat().st_mode & 0o777 for path in package.rglob("*")}
+    assert {mode for path, mode in modes.items() if (package / path).is_file()} == {0o644}
+    assert {mode for path, mode in modes.items() if (package / path).is_dir()} == {0o755}
+    data = "Data/com.apple.CoreML"
+    assert set(modes) == {
+        "Manifest.json", "Data", data, f"{data}/model.mlmodel", f"{data}/weights", f"{data}/weights/weight.bin"
+    }  # fmt: skip
+
+
+def test_every_input_has_one_size(decoder: tuple[Path, dict]) -> None:
+    """The Neural Engine runs a flexible input at its default size alone."""
+    for each in specification(decoder[0]).description.input:
+        assert each.type.multiArrayType.WhichOneof("ShapeFlexibility") is None, each.name
+        assert each.shortDescription
+
+
+@pytest.mark.slow
+def test_grouped_palettes_are_nearer_and_need_ios_18(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coreml, "COMPRESSED", Bounds(relative_error=0.5))
+    newest = convert_encoder(RgbEncoder(small_student()).eval(), newest=True)
+    errors = {}
+    for weights, model in ((Weights(4), converted()), (Weights(4, 8), newest), (Weights(6, 8), newest)):
+        package = tmp_path / "Encoder.mlpackage"
+        entry = export_coreml_encoder(compress(model, weights), reference_of(), package, ORIGIN, weights)
+        errors[weights] = entry["parity"]["relative_error"]
+        assert entry["minimum_deployment_target"] == weights.target
+        target = ct.target.iOS18 if weights.grouped else ct.target.iOS16
+        assert specification(package).specificationVersion == target.value
+    assert errors[Weights(6, 8)] < errors[Weights(4, 8)] < errors[Weights(4)]
+
+
+@pytest.mark.slow
+def test_a_decoder_in_8_bits_takes_half(decoder: tuple[Path, dict], tmp_path: Path) -> None:
+    package = tmp_path / "Decoder_8bit.mlpackage"
+    model = compress(converted_decoder(), Weights(8))
+    entry = export_coreml_decoder(model, reference_of(), package, ORIGIN, Weights(8))
+    assert entry["parity"]["mask_miou"] > 0.98
+    sizes = [next(each.rglob("weight.bin")).stat().st_size for each in (package, decoder[0])]
+    assert sizes[0] < 0.6 * sizes[1]

@@ -23,7 +23,7 @@ from segment_anything.modeling import Sam
 from distill.evaluate.ious import mask_iou
 from distill.export.coreml.encoder import PADDING_COLOUR
 from distill.export.files import digest
-from distill.export.handover.readme import snippet, write_readme
+from distill.export.handover.readme import write_readme
 from distill.export.onnx.decoder import run_decoder
 from distill.export.onnx.encoder import onnx_encode
 from distill.export.onnx.file import open_session
@@ -33,7 +33,7 @@ from embeddings_cache.images.scenes import generate_scene
 from embeddings_cache.system.files import write_json
 from embeddings_cache.teacher.loading import load_teacher
 from students import build_student_sam, load_student, read_metadata, save_student
-from support import Cli
+from support import ROOT, Cli
 
 SIZE = 128
 """Of the shared run's student."""
@@ -295,7 +295,7 @@ def test_the_readme_names_every_file_and_the_image_size(finished_run: Path, tmp_
     for name in manifest["files"]:
         assert f"| `{name}` |" in readme
     assert f"images of {SIZE} px" in readme
-    for language in ("python", "javascript", "swift"):
+    for language in ("python", "javascript"):
         assert re.search(rf"\bsize = {SIZE}\b", code(readme, language), re.IGNORECASE)
         assert re.search(rf"\binput = {SIZE}\b", code(readme, language), re.IGNORECASE)
     assert f"MEAN = {PIXEL_MEAN}" in code(readme, "python")
@@ -310,10 +310,20 @@ def test_an_export_has_its_readme(finished_run: Path) -> None:
     assert all(f"| `{name}` |" in readme for name in json.loads((export / "manifest.json").read_text())["files"])
 
 
-def test_the_swift_code_has_the_image_size_and_the_padding_colour(finished_run: Path) -> None:
-    swift = snippet("Segment.swift", manifest_of(finished_run, ("coreml",)))
+def test_the_swift_code_names_the_packages_that_are_there(finished_run: Path, tmp_path: Path) -> None:
+    """Where there are several, those that are not compressed."""
+    manifest = manifest_of(finished_run, ("coreml", "coreml_8bit", "coreml_decoder_8bit"))
+    manifest["files"] = {name.replace("coder", "coderOfMine"): entry for name, entry in manifest["files"].items()}
+    readme = rendered(manifest, tmp_path)
+    assert re.findall(r'forResource: "(\w+)"', code(readme, "swift")) == ["EncoderOfMine", "DecoderOfMine"]
+    assert f"{(SIZE // 4) ** 2 * 4} numbers" in readme
+    assert "Swift" not in sections(rendered(manifest_of(finished_run, ("onnx",)), tmp_path))
+
+
+def test_the_swift_package_pads_with_the_colour_that_the_encoder_expects() -> None:
     red, green, blue = PADDING_COLOUR
-    assert f"srgbRed: {red}.0 / 255.0, green: {green}.0 / 255.0, blue: {blue}.0 / 255.0" in swift
+    text = (ROOT / "distill" / "clients" / "swift" / "Sources" / "SegmentAnything" / "Resizing.swift").read_text()
+    assert f"(blue: UInt8, green: UInt8, red: UInt8) = ({blue}, {green}, {red})" in text
 
 
 def test_the_readme_is_whole_markdown_whatever_was_exported(finished_run: Path, tmp_path: Path) -> None:
@@ -331,6 +341,15 @@ def test_the_readme_is_whole_markdown_whatever_was_exported(finished_run: Path, 
             rows = re.findall(r"^\|.*$", prose, re.MULTILINE)
             assert {row.count("|") for row in rows} == {6}
             assert [row.split("`")[1] for row in rows[2:]] == [name for kind in formats for name in FORMATS[kind]]
+
+
+def test_tensorrt_gets_the_files_that_were_made_for_it(finished_run: Path, tmp_path: Path) -> None:
+    readme = rendered(manifest_of(finished_run, ("onnx", "onnx_decoder", "onnx_trt")), tmp_path)
+    lines = [line for line in readme.splitlines() if line.startswith("trtexec")]
+    assert [line.split()[1] for line in lines] == ["--onnx=encoder_trt.onnx", "--onnx=decoder_trt.onnx"]
+    assert all("--stronglyTyped" in line for line in lines)
+    assert f"mask_input:64x1x{SIZE // 4}x{SIZE // 4},has_mask_input:64" in readme
+    assert 'InferenceSession("encoder.onnx")' in code(readme, "python")
 
 
 def test_the_code_names_the_encoder_that_is_there(finished_run: Path, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ def test_float16_halves_the_file_and_keeps_its_types(tmp_path: Path) -> None:
     described = export_onnx_encoder(model, compared, tmp_path / "encoder_fp16.onnx", float16=True)
     whole, half = ((tmp_path / name).stat().st_size for name in ("encoder.onnx", "encoder_fp16.onnx"))
     assert half < 0.65 * whole
+    onnx.checker.check_model(tmp_path / "encoder_fp16.onnx", full_check=True)
     session = open_session(tmp_path / "encoder_fp16.onnx")
     assert {entry.type for entry in (*session.get_inputs(), *session.get_outputs())} == {"tensor(float)"}
     assert 1e-5 < described["parity"]["relative_error"] < 1e-2  # not a copy of the float32 file

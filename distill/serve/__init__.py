@@ -1,0 +1,1 @@
+"""A student as a service: pictures and prompts over HTTP in, masks out."""
