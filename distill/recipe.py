@@ -77,8 +77,9 @@ def load_recipe(arguments: list[str]) -> Recipe:
         if not equals:
             raise InputError(f"command line: {argument!r} is not key=value (see --help)")
         overrides[key] = os.path.expanduser(value) if key in ("recipe", *PATHS) else value
-        if key in FETCHED and is_hub_address(value):
-            overrides[key] = fetch_from_hub(value)
+        if key in FETCHED and "hf://" in value:
+            fetched = _each(lambda each: fetch_from_hub(each) if is_hub_address(each) else each, _parse(key, value))
+            overrides[key] = fetched if isinstance(fetched, str) else yaml.safe_dump(fetched, default_flow_style=True)
     config, said, asked_for = _from_files(overrides)
     shown = said[-1][0]
     typed = {key: _parse(key, value) for key, value in overrides.items()}

@@ -187,6 +187,7 @@ def is_current(result: Path, inputs: dict[str, Any], accelerator: Accelerator, s
     current = content.get("made_from") == as_stored(inputs)
     listed = content.get("files", {})
     described = listed if isinstance(listed, dict) else {name: {} for name in listed}
+    described = {**described, **content.get("beside", {})}
     current = current and all(is_whole(result.parent / name, entry) for name, entry in described.items())
     accelerator.wait_for_everyone()
     if current:

@@ -45,6 +45,8 @@ def fetch_from_hub(address: str) -> str:
         InputError: it is no address, there is no such file, it may not be had, or neither the cache nor the hub has it.
     """
     repo, file, revision = _parts(address)
+    if ".." in file.split("/"):
+        raise InputError(f"{address} is not hf://OWNER/NAME/FILE, with @REVISION or without")
     if revision and COMMIT.fullmatch(revision):
         cached = huggingface_hub.try_to_load_from_cache(repo, file, revision=revision)
         if isinstance(cached, str):

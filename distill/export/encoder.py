@@ -76,7 +76,7 @@ def validation_rows(recipe: Recipe, size: int, images: int) -> tuple[list[CacheR
     found = list(islice(rows, images))
     if not found:
         raise InputError(f"{recipe.cache.dir}: no held-out image has an annotation that can be decoded")
-    return found, f"held-out images of {recipe.cache.dir}"
+    return found, f"held-out images of {Path(recipe.cache.dir).name}"
 
 
 def calibration_pictures(recipe: Recipe, size: int) -> list[np.ndarray]:

@@ -66,9 +66,11 @@ def export_inputs(recipe: Recipe) -> dict[str, Any]:
     files = weight_files(checkpoint) if checkpoint and Path(checkpoint).exists() else []
     found = [[file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     info = read_info(Path(recipe.cache.dir))
+    formats = wanted_formats(recipe)
     return {
         "student_sha256": sha256(chosen_student(recipe)),
-        "export": {**vars(recipe.export), "formats": wanted_formats(recipe)},
+        "export": {**vars(recipe.export), "formats": formats},
+        "page": vars(recipe.predict) if "web" in formats else None,
         "teacher": [recipe.teacher.name, found if len(found) > 1 else next(iter(found), None)],
         "cache": info and info.identity.as_json(),
     }
@@ -79,20 +81,14 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
     subject = load_subject(recipe)
     if subject.note:
         say(f"export: {subject.note}")
-    kept = clear(directory, inputs)
-    formats = wanted_formats(recipe)
-    for kind in formats.copy():
-        named = kind in recipe.export.formats  # and not all
-        reason = unfit(kind, subject) or (None if named else refusal(kind, subject.image_size, subject.channels))
-        if kind == "web" and kind not in kept:
-            reason = out_of_reach(say)
-        if reason and named:
-            raise InputError(f"export.formats: {reason}")
-        if reason:
-            say(f"export: {reason}; it is left out")
-            formats.remove(kind)
+    kept, left_out = clear(directory, inputs)
+    formats, unfitting = fitting_formats(recipe, subject, kept, say)
+    left_out |= unfitting
     called = {name: file_name(name, subject.prefix) for kind in formats for name in FORMATS[kind]}
-    wanted = [name for name in called if called[name] not in kept]
+    unasked = {name for kind in COMPRESSED if kind not in recipe.export.formats for name in FORMATS[kind]}
+    dispensable = {called[name] for name in unasked & called.keys()}
+    # What was left out before would be again.
+    wanted = [name for name in called if called[name] not in kept.keys() | (dispensable & left_out.keys())]
     if recipe.export.input == "native" and subject.encoder is subject.whole:
         say(f"export: export.input=native changes nothing, for {subject.name} looks at all {subject.image_size} px")
     with conversions(recipe, wanted) as coreml:
@@ -100,12 +96,10 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
         reference = Reference(subject.encoder, subject.sam, rows, images_from)
         say(f"export: every file is compared with PyTorch on {len(rows)} {images_from}")
         functions = makers(recipe, subject, coreml, reference)
-        welcome = {name for kind in COMPRESSED if kind not in recipe.export.formats for name in FORMATS[kind]}
-        files, failures, left_out = make_files(
-            {directory / called[name]: functions[name] for name in wanted},
-            {called[name] for name in wanted if name in welcome},
-            say,
-        )
+        making = {directory / called[name]: functions[name] for name in wanted}
+        files, failures, refused = make_files(making, dispensable, say)
+    files = {name: entry for name, entry in {**kept, **files}.items() if (directory / name).exists()}
+    left_out = {name: reason for name, reason in {**left_out, **refused}.items() if name not in files}
     manifest: dict[str, Any] = {
         "student": {
             "name": subject.name,
@@ -119,18 +113,42 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
         "recipe": subject.recipe,
         "note": subject.note,
         "versions": installed_versions(TOOLS),
-        "files": {name: entry for name, entry in {**kept, **files}.items() if (directory / name).exists()},
+        "files": files,
         "left_out": left_out,
         "made_from": inputs,
     }
     if failures:  # the next run tries again, for what these were made from is not said in full
         manifest |= {"failures": failures, "made_from": {"student_sha256": inputs["student_sha256"]}}
-    if packages := packages_of(manifest["files"]):
-        write_swift(directory / SWIFT, subject, packages)
+    if packages := packages_of(files):
+        manifest["beside"] = {SWIFT: write_swift(directory / SWIFT, subject, packages)}
     write_readme(directory / "README.md", manifest)
     write_json(directory / "manifest.json", manifest)
     if failures:
         raise ParityError("; ".join(failures))
+
+
+def fitting_formats(
+    recipe: Recipe, subject: Subject, kept: Collection[str], say: Callable[[str], None]
+) -> tuple[list[str], dict[str, str]]:
+    """The formats that can be made of a student here and now, and why others cannot, of which `all` does without.
+
+    Raises:
+        InputError: one that was named is among the others.
+    """
+    formats, unfitting = [], {}
+    for kind in wanted_formats(recipe):
+        named = kind in recipe.export.formats  # and not all
+        reason = unfit(kind, subject) or (None if named else refusal(kind, subject.image_size, subject.channels))
+        if kind == "web" and kind not in kept:
+            reason = out_of_reach(say)
+        if reason and named:
+            raise InputError(f"export.formats: {reason}")
+        if reason:
+            say(f"export: {reason}; it is left out")
+            unfitting[kind] = reason
+        else:
+            formats.append(kind)
+    return formats, unfitting
 
 
 def file_name(name: str, prefix: str) -> str:
@@ -150,7 +168,7 @@ def native_masks(subject: Subject, reference: Reference) -> dict[str, Any]:
 
 def make_files(
     functions: dict[Path, Make], dispensable: Collection[str], say: Callable[[str], None]
-) -> tuple[dict[str, dict[str, Any]], list[str], list[str]]:
+) -> tuple[dict[str, dict[str, Any]], list[str], dict[str, str]]:
     """Make files, one after the other.
 
     Args:
@@ -161,11 +179,11 @@ def make_files(
 
     Returns:
         What the manifest says of every file that was made and proven; a line for each that should have been and was
-        not; and one for each that is left out.
+        not; and by name one for each that is left out.
     """
     files: dict[str, dict[str, Any]] = {}
     failures: list[str] = []
-    left_out: list[str] = []
+    left_out: dict[str, str] = {}
     for path, make in functions.items():
         started = time.perf_counter()
         say(f"export: {path.name} ...")
@@ -177,7 +195,7 @@ def make_files(
         except (ParityError, InputError) as error:
             line = str(error) if path.name in str(error) else f"{path.name} {error}"
             if path.name in dispensable and isinstance(error, ParityError):
-                left_out.append(line)
+                left_out[path.name] = line
                 say(f"export: {line}; it is left out")
             else:
                 failures.append(line)
@@ -191,26 +209,32 @@ def make_files(
     return files, failures, left_out
 
 
-def clear(directory: Path, inputs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def clear(directory: Path, inputs: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Remove what a killed export left half-written, and what was made from something else; returns what the manifest
-    says of the files that can stay."""
+    says of the files that can stay, and why others were left out."""
     for leftover in directory.glob(f"{TEMPORARY}*"):
         remove(leftover)
     manifest = directory / "manifest.json"
     earlier = read_json(manifest) if manifest.exists() else {}
-    if _but_for_formats(earlier.get("made_from", {})) == _but_for_formats(as_stored(inputs)):
-        return {name: entry for name, entry in earlier["files"].items() if is_whole(directory / name, entry)}
+    there, made_from = earlier.get("files", {}), earlier.get("made_from", {})
+    if _but_for_formats(made_from) == _but_for_formats(as_stored(inputs)):
+        kept = {name: entry for name, entry in there.items() if is_whole(directory / name, entry)}
+        if (page := as_stored(inputs)["page"]) and page != made_from.get("page"):
+            kept.pop("web", None)
+        return kept, earlier.get("left_out", {})
     ours = [name for names in FORMATS.values() for name in names]
-    named = [name for name in earlier.get("files", {}) if name == Path(name).name]
-    always = ("manifest.json", "README.md", SWIFT, "decoder_cvat.onnx")  # the last of an earlier version
-    for stale in (*always, *ours, *named):
+    named = [name for name in there if name == Path(name).name]
+    packages = [path.name for path in directory.glob("*.mlpackage")]
+    # The third is an earlier version's.
+    for stale in ("manifest.json", "README.md", "decoder_cvat.onnx", SWIFT, *ours, *named, *packages):
         remove(directory / stale)
-    return {}
+    return {}, {}
 
 
 def _but_for_formats(inputs: dict[str, Any]) -> dict[str, Any]:
     settings = inputs.get("export") or {}
-    return {**inputs, "export": {key: value for key, value in settings.items() if key != "formats"}}
+    others = {key: value for key, value in inputs.items() if key != "page"}
+    return {**others, "export": {key: value for key, value in settings.items() if key != "formats"}}
 
 
 def file_line(name: str, entry: dict[str, Any]) -> str:

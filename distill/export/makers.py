@@ -95,7 +95,7 @@ def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Ref
                 return exported()
             return marked(encoder_model(encoder, True, NEWEST_OPSET), subject.fingerprint)
 
-        return export_transformers_js(path, subject, reference, cache(of_batches), pictures(), opset)
+        return export_transformers_js(path, subject, reference, cache(of_batches), pictures(), opset, gate)
 
     def client(path: Path, functions: dict[str, Make], complete: Complete | None = None) -> dict[str, Any]:
         """A tool's folder: files that are proven as any, and what the tool wants beside them."""

@@ -14,6 +14,9 @@ from embeddings_cache.shards import CacheRow
 DECODER_IMAGES = 2
 """Images that a decoder is compared on: it depends on the prompts more, of which each image has five."""
 
+GATE_IMAGES = 12
+"""The same of decoders with fewer bits, which have to hold the masks of more prompts."""
+
 Prompt = dict[str, np.ndarray]
 """As `SamPredictor.predict` takes it: `point_coords` (N, 2) in pixels of the image and `point_labels` (N,), `box` (4,),
 `mask_input` (1, 4h, 4w); any of them."""

@@ -2,6 +2,7 @@
 of it, for its tests on a Mac."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from distill.clients import write_client
-from distill.export.files import whole_directory
+from distill.export.files import digest, size, whole_directory
 from distill.export.prompts import Prompt, place_embedding, predicted, prompts_of
 from distill.export.proof import Reference
 from distill.export.subject import Subject
@@ -34,13 +35,14 @@ CLEAR = 0.05
 def packages_of(names: Iterable[str]) -> tuple[str, str] | None:
     """The encoder and decoder among the files of an export that the Swift package takes by itself, the shortest names;
     None where one is missing."""
-    ordered = sorted((name for name in names if name.endswith(".mlpackage")), key=lambda name: (len(name), name))
-    encoder, decoder = (next((name for name in ordered if kind in name), None) for kind in ("Encoder", "Decoder"))
+    ordered = sorted(names, key=lambda name: (len(name), name))
+    kinds = (re.compile(rf"{kind}(_\w+)?\.mlpackage$") for kind in ("Encoder", "Decoder"))
+    encoder, decoder = (next(filter(kind.search, ordered), None) for kind in kinds)
     return (encoder, decoder) if encoder and decoder else None
 
 
-def write_swift(path: Path, subject: Subject, packages: tuple[str, str]) -> None:
-    """Write the package, whole or not at all.
+def write_swift(path: Path, subject: Subject, packages: tuple[str, str]) -> dict[str, Any]:
+    """Write the package, whole or not at all; returns what the manifest says of it.
 
     Args:
         path: of the folder.
@@ -59,14 +61,16 @@ def write_swift(path: Path, subject: Subject, packages: tuple[str, str]) -> None
         example.mkdir()
         Image.fromarray(scene).save(example / "example.png")
         write_json(example / "expected.json", answers)
+        contents = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return {"format": "folder", "sha256": digest(path), "bytes": size(path), "contents": contents}
 
 
 def _answers(subject: Subject, sam: Sam, scene: np.ndarray, annotation: str) -> Iterator[dict[str, Any]]:
     """What `SamPredictor` makes of some prompts on a scene: masks as lengths of runs."""
-    size: tuple[int, int] = (scene.shape[0], scene.shape[1])
+    shape: tuple[int, int] = (scene.shape[0], scene.shape[1])
     pixels = resize_longest_side(scene, int(subject.encoder.img_size))  # type: ignore[arg-type]
-    resized = resized_shape(size, subject.image_size)
-    row = CacheRow("example", np.empty(0), encode_pixels(pixels, "png"), size, resized, annotation)
+    resized = resized_shape(shape, subject.image_size)
+    row = CacheRow("example", np.empty(0), encode_pixels(pixels, "png"), shape, resized, annotation)
     predictor = SamPredictor(sam)
     place_embedding(predictor, Reference(subject.encoder, sam, [row]).embeddings[0], row)
     for prompt in prompts_of(row):

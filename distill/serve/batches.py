@@ -58,7 +58,7 @@ class Batcher:
                         done.set_result(embedding)
 
     async def _gather(self) -> list[tuple[np.ndarray, "asyncio.Future[np.ndarray]"]]:
-        """The next pictures whose embeddings somebody still wants."""
+        """The next pictures; those whose waiting has ended with the server are passed over."""
         batch: list[tuple[np.ndarray, asyncio.Future[np.ndarray]]] = []
         loop = asyncio.get_running_loop()
         until = float("inf")

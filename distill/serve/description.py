@@ -43,7 +43,8 @@ MASKS = """Masks of `SamPredictor`: after one click the best of three by predict
 Requests with an `id`, or with a picture whose embedding is kept, do not wait for pictures that are being encoded."""
 
 EVERYTHING = """A grid of points over the picture, and of their masks those that the decoder believes in, that are
-stable, and that do not repeat each other. Takes seconds; one request at a time, and clicks go past it."""
+stable, and that do not repeat each other. Takes seconds, of a dozen megapixels a minute. One request at a time, and
+clicks go past it."""
 
 
 def openapi(health: Health, settings: ServeRecipe) -> dict[str, Any]:

@@ -42,6 +42,14 @@ HEADERS = {
 }
 
 
+def host_name(text: str) -> str:
+    """A host as a header or a setting says it: in small letters, without its port, IPv6 in brackets."""
+    text = text.strip().lower()
+    if text.startswith("["):
+        return text.partition("]")[0] + "]"
+    return f"[{text}]" if text.count(":") > 1 else text.partition(":")[0]
+
+
 class Guard:
     """Around an application: host, origin and token are looked at first; what goes wrong becomes an answer in JSON that
     tells nothing of this machine, and what is unexpected also goes to the log.
@@ -50,13 +58,13 @@ class Guard:
         app: has the routes.
         metrics: counts requests.
         token: that requests for `PRIVATE` have to show; None: none.
-        hosts: what the header Host may say, without the port; None: anything.
+        hosts: what the header Host may say, whatever the port; None: anything.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, token: str | None, hosts: Collection[str] | None) -> None:
         self.app, self.metrics = app, metrics
         self.token = token.encode() if token is not None else None
-        self.hosts = {name.lower() for name in hosts} if hosts is not None else None
+        self.hosts = {host_name(name) for name in hosts} if hosts is not None else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -84,8 +92,7 @@ class Guard:
     def _admit(self, path: str, headers: Headers) -> None:
         """Raise `Refused` unless a request may be served."""
         host = headers.get("host", "")
-        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-        if self.hosts is not None and name.lower() not in self.hosts:
+        if self.hosts is not None and host_name(host) not in self.hosts:
             # A page elsewhere whose name has been pointed at this machine (DNS rebinding).
             raise Refused(403, "unknown_host", "the server does not go by this name (serve.hosts)")
         origin = headers.get("origin")

@@ -23,6 +23,9 @@ from embeddings_cache.images import encode_rle
 PROMPTS_AT_ONCE = 8
 """On a CPU: more take more memory and no less time."""
 
+LARGEST_LOGIT = 1e4
+"""Of an earlier mask; SAM's are within a hundred or so, and the decoder makes no numbers of what is far beyond."""
+
 AMBIGUOUS = slice(1, 4)
 """Of the decoder's four masks, those for a single click."""
 
@@ -160,7 +163,7 @@ def _earlier(text: str, side: int, where: str) -> np.ndarray:
         values = np.frombuffer(base64.b64decode(text, validate=True), "<f4")
     except (ValueError, binascii.Error):
         values = np.empty(0, np.float32)
-    if values.shape != (side**2,) or not np.isfinite(values).all():
+    if values.shape != (side**2,) or not (np.abs(values) <= LARGEST_LOGIT).all():
         raise Refused(422, "bad_prompt", f"{where}.mask_input is no `low_res` of an earlier answer")
     return values.reshape(side, side).astype(np.float32)
 

@@ -139,4 +139,6 @@ def is_loopback(host: str) -> bool:
 def url_of(listener: socket.socket) -> str:
     """Where a browser finds it."""
     host, port = listener.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):  # all addresses, and no place to go to
+        host = "localhost"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -15,7 +15,7 @@ from distill.serve.app import ROUTES, routes_of
 from distill.serve.engines import Engine, OnnxEngine, TorchEngine
 from distill.serve.exchange import Bodies
 from distill.serve.files import make_files
-from distill.serve.guard import Guard
+from distill.serve.guard import Guard, host_name
 from distill.serve.messages import Health
 from distill.serve.metrics import Metrics
 from distill.serve.rehearsal import rehearse
@@ -56,7 +56,7 @@ def serve(recipe: Recipe, accelerator: Accelerator) -> bool:
 
         async def rehearsal(accept: Accept) -> None:
             shown = {"Authorization": f"Bearer {token}"} if token else {}
-            await rehearse(accept, {"Host": (hosts or ["localhost"])[0], **shown})
+            await rehearse(accept, {"Host": host_name((hosts or ["localhost"])[0]), **shown})
             service.embeddings.clear()
 
         Server(app, recipe.serve.stop_seconds, lambda: print(line, flush=True), rehearsal).serve_on(listener)

@@ -86,6 +86,7 @@ def test_what_cannot_be_had_is_a_line(ask: Ask) -> None:
         "hf://me/tiny/weights/a.txt@v2": ": me/tiny has no revision v2",
         "hf://me/closed/a.txt": f": me/closed is gated: ask for access on its page, and {log_in}",
         "hf://me": f" {no_address}",
+        f"hf://me/tiny/../../../etc/passwd@{'0' * 40}": f" {no_address}",
         "hf://datasets/me/tiny/a.txt": f" {no_address}",
         "hf://me/tiny/m.index.json": " names the parts of a checkpoint: download the repository, and give its folder",
     }

@@ -16,7 +16,15 @@ from distill.export.coreml.runtime import CoremlRuntime, Program, runtime_availa
 from distill.export.coreml.weights import FULL, Weights
 from distill.export.decoder import MASKS, PAD, VALUES
 from distill.export.files import whole_directory
-from distill.export.prompts import DECODER_IMAGES, difference, place_embedding, points_of, predicted, prompts_of
+from distill.export.prompts import (
+    DECODER_IMAGES,
+    GATE_IMAGES,
+    difference,
+    place_embedding,
+    points_of,
+    predicted,
+    prompts_of,
+)
 from distill.export.proof import COMPRESSED, Bounds, Reference, spread, within
 
 DECODER = Bounds(relative_error=1e-2, mask_miou=0.995, iou_difference=1e-2)
@@ -60,7 +68,7 @@ def export_coreml_decoder(
     bounds = COMPRESSED if weights.bits else DECODER
     with whole_directory(path) as temporary:
         save_package(model, temporary)
-        images = len(reference.rows) if weights.bits else DECODER_IMAGES
+        images = GATE_IMAGES if weights.bits else DECODER_IMAGES
         parity = within(path.name, decoder_parity(MilProgram(temporary), reference, images), bounds)
         if runtime_available():
             parity["runtime"] = decoder_parity(CoremlRuntime(temporary), reference, images)

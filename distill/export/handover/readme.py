@@ -38,7 +38,7 @@ def write_readme(path: Path, manifest: dict[str, Any]) -> None:
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     jinja.filters["code"] = "`{}`".format
     text = jinja.from_string(_resource("README.md.jinja")).render(
-        manifest={"failures": [], "left_out": [], **manifest},
+        manifest={"failures": [], "left_out": {}, "beside": {}, **manifest},
         made=made,
         images_from=next((file["parity"].get("images_from") for file in made.values()), None),
         size=manifest["student"]["image_size"],

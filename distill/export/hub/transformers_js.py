@@ -47,6 +47,7 @@ def export_transformers_js(
     encoder: Callable[[], onnx.ModelProto],
     pictures: list[np.ndarray],
     opset: int,
+    gate: Callable[[], Reference],
 ) -> dict[str, Any]:
     """Write the folder: encoder and decoder in three precisions, what transformers.js reads beside them, a README.
 
@@ -60,6 +61,7 @@ def export_transformers_js(
         encoder: makes an `encoder_model` of any number of images and the newest opset.
         pictures: RGB uint8 (h, w, 3) to find the ranges of activations with.
         opset: of the files.
+        gate: what PyTorch makes of more images, which decide about 8 bits.
 
     Returns:
         What the manifest says.
@@ -72,6 +74,10 @@ def export_transformers_js(
     assert sam is not None
     if reason := unfit("transformers_js", subject):
         raise InputError(reason)
+
+    def compared(precision: str) -> Reference:
+        return gate() if precision == "int8" else reference
+
     decoder = marked(prompt_model(sam, opset), subject.fingerprint)
     files: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
@@ -83,12 +89,11 @@ def export_transformers_js(
                 file = folder / name
                 try:
                     if kind == ENCODER:
-                        model = vision_model(_encoder_in(precision, encoder, reference, pictures, opset), sam)
-                        described = export_vision_encoder(model, reference, file, precision)
+                        model = vision_model(_encoder_in(precision, encoder, reference, pictures, opset, gate), sam)
+                        described = export_vision_encoder(model, compared(precision), file, precision)
                     else:
-                        described = export_prompt_decoder(
-                            prompt_model_in(precision, decoder), reference, file, precision
-                        )
+                        model = prompt_model_in(precision, decoder)
+                        described = export_prompt_decoder(model, compared(precision), file, precision)
                 except ParityError as error:
                     if precision == "float32":
                         raise
@@ -116,12 +121,15 @@ def _encoder_in(
     reference: Reference,
     pictures: list[np.ndarray],
     opset: int,
+    gate: Callable[[], Reference],
 ) -> onnx.ModelProto:
-    """An encoder of RGB 0–255 in a precision; raises `ParityError` where 8 bits are not enough."""
+    """An encoder of RGB 0–255 in a precision; raises `ParityError` where 8 bits are not enough, or no faster."""
     if precision == "int8":
         with TemporaryDirectory() as scratch:
             path = Path(scratch) / "encoder_int8.onnx"
-            export_int8_encoder(encoder(), reference, path, pictures, opset)
+            times = export_int8_encoder(encoder(), reference, path, pictures, opset, gate())["times_as_fast"]
+            if times <= 1:
+                raise ParityError(f"8 bits are {times} times as fast as float32 here")
             return onnx.load(path)
     copy = onnx.ModelProto()
     copy.CopyFrom(encoder())

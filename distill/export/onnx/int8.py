@@ -119,7 +119,7 @@ def export_int8_encoder(
             "operators_in_float": sorted(in_float),
             "operators_in_int8": operators - len(in_float),
             "calibration_images": len(pictures),
-            "times_as_fast": round(times_as_fast(open_session(temporary), open_session(model.SerializeToString())), 2),
+            "times_as_fast": round(times_as_fast(temporary, model.SerializeToString()), 2),
             "parity": parity,
         }
 

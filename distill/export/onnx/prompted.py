@@ -3,7 +3,6 @@ compared with `SamPredictor` before it is kept."""
 
 from copy import deepcopy
 from pathlib import Path
-from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
@@ -22,8 +21,16 @@ from distill.export.onnx.float16 import in_float16
 from distill.export.onnx.int8 import INT8, WEIGHTS_ALONE
 from distill.export.onnx.small_weights import with_int8_weights
 from distill.export.onnx.tensorrt import DECODER_BOUNDS, IN_FLOAT32, TURNS
-from distill.export.prompts import DECODER_IMAGES, difference, place_embedding, points_of, predicted, prompts_of
-from distill.export.proof import Bounds, Reference, within
+from distill.export.prompts import (
+    DECODER_IMAGES,
+    GATE_IMAGES,
+    difference,
+    place_embedding,
+    points_of,
+    predicted,
+    prompts_of,
+)
+from distill.export.proof import Bounds, Reference, spread, within
 from distill.schema import OLDEST_OPSET
 from embeddings_cache.system import whole_file
 
@@ -99,11 +106,13 @@ def export_prompt_decoder(
     Raises:
         ParityError: the file does not do what `SamPredictor` does.
     """
-    bounds = {"float32": BOUNDS, "float16": DECODER_BOUNDS, "int8": Bounds(mask_miou=INT8.mask_miou)}[precision]
+    eight_bit = Bounds(mask_miou=INT8.mask_miou, mask_iou_p5=INT8.mask_iou_p5)
+    bounds = {"float32": BOUNDS, "float16": DECODER_BOUNDS, "int8": eight_bit}[precision]
+    images = GATE_IMAGES if precision == "int8" else DECODER_IMAGES
     with whole_file(path) as temporary:
         onnx.save(model, temporary)
         session = open_session(temporary)
-        parity = within(path.name, prompt_parity(session, reference), bounds)
+        parity = within(path.name, prompt_parity(session, reference, images), bounds)
     shapes = {each.name: {"shape": each.shape} for each in (*session.get_inputs(), *session.get_outputs())}
     told = {
         "input_points": {"dtype": "float32", "values": VALUES["point_coords"]},
@@ -128,15 +137,17 @@ def export_prompt_decoder(
     }
 
 
-def prompt_parity(session: onnxruntime.InferenceSession, reference: Reference) -> dict[str, Any]:
-    """A decoder against `SamPredictor`'s three masks, prompt by prompt, without their ends; and the first again as two
-    prompts of one call."""
+def prompt_parity(
+    session: onnxruntime.InferenceSession, reference: Reference, images: int = DECODER_IMAGES
+) -> dict[str, Any]:
+    """A decoder against `SamPredictor`'s three masks on the first so many images, prompt by prompt, without their ends;
+    and the first again as two prompts of one call."""
     sam = cast(Sam, reference.decoder)
     predictor = SamPredictor(sam)
     places = sam.prompt_encoder.get_dense_pe().detach().numpy()
     logits, predicted_ious = [], []
     ious: list[float] = []
-    pairs = list(zip(reference.rows, reference.embeddings, strict=True))[:DECODER_IMAGES]
+    pairs = list(zip(reference.rows, reference.embeddings, strict=True))[:images]
     for row, embedding in pairs:
         place_embedding(predictor, embedding, row)
         for number, prompt in enumerate(prompts_of(row)):
@@ -162,5 +173,5 @@ def prompt_parity(session: onnxruntime.InferenceSession, reference: Reference) -
         "max_difference": float(np.max(logits)),
         "iou_difference": float(np.max(predicted_ious)),
         "masks": len(ious),
-        "mask_miou": fmean(ious),
+        **spread(ious),
     }

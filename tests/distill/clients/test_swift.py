@@ -61,11 +61,13 @@ def test_the_packages_that_swift_takes() -> None:
     encoders, decoders = ([f"A{kind}{end}.mlpackage" for end in ("_8bit", "")] for kind in ("Encoder", "Decoder"))
     assert packages_of(["encoder.onnx", *encoders, *decoders]) == ("AEncoder.mlpackage", "ADecoder.mlpackage")
     assert packages_of(["decoder.onnx", *encoders]) is None
+    named = ["SamEncoderDecoder.mlpackage", "SamEncoderEncoder.mlpackage"]  # export.name=SamEncoder
+    assert packages_of(named) == ("SamEncoderEncoder.mlpackage", "SamEncoderDecoder.mlpackage")
 
 
 def test_the_folder_goes_with_what_it_was_made_from(tmp_path: Path) -> None:
     (tmp_path / "swift").mkdir()
-    assert clear(tmp_path, {"student_sha256": "another"}) == {}
+    assert clear(tmp_path, {"student_sha256": "another", "page": None}) == ({}, {})
     assert not (tmp_path / "swift").exists()
 
 

@@ -114,7 +114,7 @@ def test_a_checkpoint_alone_is_enough(finished_run: Path, tmp_path: Path, cli: C
     assert parity["mask_miou"] == 1.0
     assert parity["empty_masks"] < parity["masks"] / 2
     assert (parity["images_from"], manifest["recipe"]) == (
-        "held-out images of " + str(finished_run / "cache"),
+        "held-out images of cache",
         "quickstart",
     )
     assert (directory / "README.md").read_text().startswith("# repvit_m0_9")
@@ -285,7 +285,7 @@ def test_what_nobody_asked_for_by_name_may_be_left_out(tmp_path: Path) -> None:
     paths = dict(zip((tmp_path / name for name in names), functions, strict=True))
     files, failures, left_out = folder.make_files(paths, names[:3], said.append)
     assert set(files) == {"good", "asked"} == {path.name for path in tmp_path.iterdir()}
-    assert [line.split()[0] for line in left_out] == ["slow", "bad"]
+    assert list(left_out) == ["slow", "bad"]
     assert [line.split()[0] for line in failures] == ["bad_asked"]
     assert any("slow is 0.9 times as fast as encoder.onnx here; it is left out" in line for line in said)
 
@@ -299,6 +299,23 @@ def test_the_worst_masks_are_bounded_too() -> None:
     with pytest.raises(ParityError, match=r"5th percentile of masks' IoUs 0.85, allowed is at least 0.9"):
         proof.within("encoder_int8.onnx", parity, proof.COMPRESSED)
     assert proof.within("x", {**parity, "mask_iou_p5": 0.91}, proof.COMPRESSED)["allowed"]["mask_iou_p5"] == 0.9
+
+
+def test_what_was_left_out_is_remembered_and_the_page_goes_with_its_settings(tmp_path: Path) -> None:
+    """What can stay of an earlier export, whatever other formats are asked for now."""
+    made_from = {"student_sha256": "s", "export": {"opset": 17, "formats": ["onnx", "web"]}, "page": {"points": 16}}
+    left_out = {"encoder_int8.onnx": "encoder_int8.onnx is no faster"}
+    (tmp_path / "encoder.onnx").touch()
+    (tmp_path / "web").mkdir()
+    (tmp_path / "OldEncoder.mlpackage").mkdir()
+    manifest = {"files": {"encoder.onnx": {}, "web": {}}, "left_out": left_out, "made_from": made_from}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    fewer = {**made_from, "export": {"opset": 17, "formats": ["huggingface"]}, "page": None}
+    assert folder.clear(tmp_path, fewer) == ({"encoder.onnx": {}, "web": {}}, left_out)
+    assert folder.clear(tmp_path, made_from) == ({"encoder.onnx": {}, "web": {}}, left_out)
+    assert folder.clear(tmp_path, {**made_from, "page": {"points": 5}}) == ({"encoder.onnx": {}}, left_out)
+    assert folder.clear(tmp_path, {**made_from, "student_sha256": "t"}) == ({}, {})
+    assert not list(tmp_path.iterdir())  # a package of another name, too
 
 
 @pytest.mark.slow

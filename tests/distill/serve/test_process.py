@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -90,6 +91,18 @@ def test_a_server_makes_its_files_shares_its_run_and_ends_in_order(words: list[s
         assert process.wait(30) == 0
         with pytest.raises(ConnectionRefusedError):
             client.ask("GET", "/health")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["host=::1"], ["serve.hosts=[sam.example:8000]", "host=localhost"]])
+def test_a_server_starts_by_whatever_name(words: list[str], more: list[str]) -> None:
+    if "host=::1" in more and not socket.has_ipv6:
+        pytest.skip("no IPv6 here")
+    with serving([*words, *more]) as (_, _, lines):
+        assert lines[-1].startswith("serve: http://")
+        host = lines[-1].split()[1].removeprefix("http://")
+        with urlopen(f"http://{host}/health", timeout=30) as answer:
+            assert answer.status == 200
 
 
 @pytest.mark.slow

@@ -16,13 +16,16 @@ import pytest
 from distill.schema import Recipe, ServeRecipe
 from distill.serve import exchange, protocol
 from distill.serve.engines import OnnxEngine
-from distill.serve.guard import HEADERS
+from distill.serve.guard import HEADERS, host_name
 from distill.serve.server import bind, is_loopback
 from distill.serve.start import hosts_of
 from distill.serve.token import token_of
 from exports import SIZE
 from serving import JSON, Client, engine, in_base64, running, scene, served_files
 from students import InputError
+
+HUGE = in_base64(b"\xff\xff\x61\x7f" * 1024)
+"""Logits of 3·10³⁸."""
 
 CLICK = [{"points": [[60, 50]]}]
 EMBEDDING = 128 * (SIZE // 16) ** 2 * 4
@@ -251,6 +254,14 @@ REFUSED: dict[str, tuple[dict[str, Any] | bytes, int, str]] = {
         422,
         "bad_prompt",
     ),
+    "an earlier mask beyond all logits": (
+        {
+            "image": in_base64(FILE),
+            "prompts": [{"points": [[9, 9]], "mask_input": in_base64(b"\xff\xff\x61\x7f" * 1024)}],
+        },
+        422,
+        "bad_prompt",
+    ),
     "too many prompts": ({"image": in_base64(FILE), "prompts": CLICK * 4}, 422, "too_many_prompts"),
     "too many pixels": ({"image": in_base64(scene(0, (300, 400))), "prompts": CLICK}, 413, "too_many_pixels"),
     "too elongated": ({"image": in_base64(scene(0, (1, 900))), "prompts": CLICK}, 422, "bad_picture"),
@@ -425,6 +436,22 @@ def test_names_and_sites_that_are_not_ours_are_refused(client: Client) -> None:
     for kind in ("text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded", ""):
         status, _, body = client.ask("POST", "/v1/embed", FILE, {"Content-Type": kind})
         assert (status, code(body)) == (415, "content_type"), kind
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("localhost:8000", "localhost"),
+        ("Sam.Example", "sam.example"),
+        ("127.0.0.1:80", "127.0.0.1"),
+        ("[::1]:8000", "[::1]"),
+        ("[::1]", "[::1]"),
+        ("::1", "[::1]"),
+        ("", ""),
+    ],
+)
+def test_a_host_is_known_by_its_name_whatever_the_port(said: str, name: str) -> None:
+    assert host_name(said) == name
 
 
 def test_a_public_address_needs_a_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
