@@ -313,9 +313,9 @@ def test_an_export_has_its_readme(finished_run: Path) -> None:
 def test_the_swift_code_names_the_packages_that_are_there(finished_run: Path, tmp_path: Path) -> None:
     """Where there are several, those that are not compressed."""
     manifest = manifest_of(finished_run, ("coreml", "coreml_8bit", "coreml_decoder_8bit"))
-    manifest["files"] = {name.replace("coder", "coderOfMine"): entry for name, entry in manifest["files"].items()}
+    manifest["files"] = {f"Mine{name}": entry for name, entry in manifest["files"].items()}
     readme = rendered(manifest, tmp_path)
-    assert re.findall(r'forResource: "(\w+)"', code(readme, "swift")) == ["EncoderOfMine", "DecoderOfMine"]
+    assert re.findall(r'forResource: "(\w+)"', code(readme, "swift")) == ["MineEncoder", "MineDecoder"]
     assert f"{(SIZE // 4) ** 2 * 4} numbers" in readme
     assert "Swift" not in sections(rendered(manifest_of(finished_run, ("onnx",)), tmp_path))
 

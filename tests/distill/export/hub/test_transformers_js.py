@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     """One for a small student, and what the manifest says of it."""
     path = tmp_path_factory.mktemp("export") / "transformers_js"
     pictures = [scene_row(seed).pixels() for seed in range(4, 8)]
-    return path, export_transformers_js(path, subject(), reference_of(), encoder, pictures, 17)
+    return path, export_transformers_js(path, subject(), reference_of(), encoder, pictures, 17, reference_of)
 
 
 def test_all_is_there_that_transformers_js_looks_for(folder: tuple[Path, dict[str, Any]]) -> None:
@@ -101,11 +101,13 @@ def test_a_browser_takes_another_file_where_its_own_is_left_out() -> None:
     told = _config(sam, subject(), without)["transformers.js_config"]["device_config"]["wasm"]["dtype"]
     assert told == {"vision_encoder": "fp32", "prompt_encoder_mask_decoder": "q8"}
     assert "transformers.js_config" not in _config(sam, subject(), {name: {} for name in FILES})
+    slow = {name: {"times_as_fast": 0.9} if "vision" in name else {} for name in FILES}
+    assert _config(sam, subject(), slow)["transformers.js_config"]["device_config"]["wasm"]["dtype"] == told
 
 
 def test_one_size_for_pictures_and_prompts_is_all_that_it_knows(tmp_path: Path) -> None:
     whole = small_student()
     other = Subject("repvit_m0_9", "toy", "quickstart", whole.native(), whole, subject().sam, None)
     with pytest.raises(InputError, match=r"transformers_js goes with export\.input=sam"):
-        export_transformers_js(tmp_path / "transformers_js", other, reference_of(), encoder, [], 17)
+        export_transformers_js(tmp_path / "transformers_js", other, reference_of(), encoder, [], 17, reference_of)
     assert not list(tmp_path.iterdir())
