@@ -1,6 +1,7 @@
 """Prompts to compare decoders with, and what `SamPredictor` makes of them."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,7 +9,7 @@ from segment_anything import SamPredictor
 
 from distill.evaluate.masks import make_prompts
 from distill.export.decoder import BOTTOM_RIGHT, PAD, TOP_LEFT
-from distill.export.proof import PROMPTS, ParityError
+from distill.export.proof import PROMPTS, ParityError, spread
 from embeddings_cache.shards import CacheRow
 
 DECODER_IMAGES = 2
@@ -85,3 +86,17 @@ def difference(found: np.ndarray, expected: np.ndarray, what: str) -> float:
     if found.shape != expected.shape:
         raise ParityError(f"makes {what} of shape {found.shape}, SamPredictor {expected.shape}")
     return float(np.abs(found - expected).max())
+
+
+def figures(
+    images: int, images_from: str, logits: list[float], predicted_ious: list[float], ious: list[float]
+) -> dict[str, Any]:
+    """What a manifest says of a decoder: the largest differences of logits and of predicted IoUs, and masks' IoUs."""
+    return {
+        "images": images,
+        "images_from": images_from,
+        "max_difference": float(np.max(logits)),
+        "iou_difference": float(np.max(predicted_ious)),
+        "masks": len(ious),
+        **spread(ious),
+    }

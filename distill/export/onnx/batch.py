@@ -1,7 +1,6 @@
 """`decoder_batch.onnx`: many prompts on one image in a pass, compared with `SamPredictor` before it is kept."""
 
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,16 @@ from distill.export.batch import BatchDecoder
 from distill.export.decoder import PAD, VALUES
 from distill.export.onnx.decoder import BOUNDS
 from distill.export.onnx.file import onnx_model, open_session, opset_of
-from distill.export.prompts import DECODER_IMAGES, Prompt, difference, place_embedding, points_of, predicted, prompts_of
+from distill.export.prompts import (
+    DECODER_IMAGES,
+    Prompt,
+    difference,
+    figures,
+    place_embedding,
+    points_of,
+    predicted,
+    prompts_of,
+)
 from distill.export.proof import Bounds, Reference, within
 from distill.schema import OLDEST_OPSET
 from embeddings_cache.system import whole_file
@@ -109,14 +117,7 @@ def batch_parity(session: onnxruntime.InferenceSession, reference: Reference) ->
             logits.append(difference(low_res[place : place + 1], expected, "low-resolution masks"))
             predicted_ious.append(difference(iou[place : place + 1], expected_iou, "predicted IoUs"))
             ious += map(mask_iou, low_res[place] > 0, expected[0] > 0)
-    return {
-        "images": len(pairs),
-        "images_from": reference.images_from,
-        "max_difference": float(np.max(logits)),
-        "iou_difference": float(np.max(predicted_ious)),
-        "masks": len(ious),
-        "mask_miou": fmean(ious),
-    }
+    return figures(len(pairs), reference.images_from, logits, predicted_ious, ious)
 
 
 def batch_feeds(predictor: SamPredictor, prompts: list[Prompt]) -> dict[str, np.ndarray]:

@@ -1,7 +1,6 @@
 """`decoder.onnx` and its kin: segment-anything's decoder for ONNX, compared with `SamPredictor` before it is kept."""
 
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,16 @@ from distill.evaluate.ious import mask_iou
 from distill.export.decoder import VALUES, PromptDecoder
 from distill.export.onnx.file import onnx_model, open_session, opset_of
 from distill.export.onnx.opset import in_opset
-from distill.export.prompts import DECODER_IMAGES, Prompt, difference, place_embedding, points_of, predicted, prompts_of
+from distill.export.prompts import (
+    DECODER_IMAGES,
+    Prompt,
+    difference,
+    figures,
+    place_embedding,
+    points_of,
+    predicted,
+    prompts_of,
+)
 from distill.export.proof import Bounds, ParityError, Reference, within
 from distill.schema import OLDEST_OPSET
 from embeddings_cache.system import whole_file
@@ -136,14 +144,7 @@ def decoder_parity(session: onnxruntime.InferenceSession, reference: Reference) 
                 else:
                     logits.append(difference(found["masks"], expected[0], "masks"))
                     ious += map(mask_iou, found["masks"][0] > 0, expected[0][0] > 0)
-    return {
-        "images": len(pairs),
-        "images_from": reference.images_from,
-        "max_difference": float(np.max(logits)),
-        "iou_difference": float(np.max(predicted_ious)),
-        "masks": len(ious),
-        "mask_miou": fmean(ious),
-    }
+    return figures(len(pairs), reference.images_from, logits, predicted_ious, ious)
 
 
 def run_decoder(

@@ -25,12 +25,13 @@ from distill.export.prompts import (
     DECODER_IMAGES,
     GATE_IMAGES,
     difference,
+    figures,
     place_embedding,
     points_of,
     predicted,
     prompts_of,
 )
-from distill.export.proof import Bounds, Reference, spread, within
+from distill.export.proof import Bounds, Reference, within
 from distill.schema import OLDEST_OPSET
 from embeddings_cache.system import whole_file
 
@@ -167,11 +168,4 @@ def prompt_parity(
                 logits.append(difference(low_res[:, place], expected, "low-resolution masks"))
                 predicted_ious.append(difference(iou[:, place], expected_iou, "predicted IoUs"))
                 ious += map(mask_iou, low_res[0, place] > 0, expected[0] > 0)
-    return {
-        "images": len(pairs),
-        "images_from": reference.images_from,
-        "max_difference": float(np.max(logits)),
-        "iou_difference": float(np.max(predicted_ious)),
-        "masks": len(ious),
-        **spread(ious),
-    }
+    return figures(len(pairs), reference.images_from, logits, predicted_ious, ious)
