@@ -71,6 +71,7 @@ class Browser:
                 "about:blank",
             ],
             pass_fds=(read_commands, write_answers),
+            preexec_fn=_on_all_cores,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -280,3 +281,9 @@ def browsing(profile: Path, flags: tuple[str, ...] = NO_GPU, size: tuple[int, in
         yield browser
     finally:
         browser.close()
+
+
+def _on_all_cores() -> None:
+    """Tests that run side by side have a core each, of which a browser would start no threads."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
