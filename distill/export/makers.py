@@ -139,9 +139,7 @@ def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Ref
         "decoder.onnx": decoder_file,
         "decoder_multimask.onnx": partial(onnx_decoder, single=False),
         "decoder_batch.onnx": batch_file,
-        "encoder_trt.onnx": lambda path: export_trt_encoder(
-            in_opset(deepcopy(exported()), OLDEST_OPSET), reference, path
-        ),
+        "encoder_trt.onnx": lambda path: export_trt_encoder(onnx(OLDEST_OPSET), reference, path),
         "decoder_trt.onnx": lambda path: export_trt_decoder(batch(OLDEST_OPSET), reference, path),
         "cvat": partial(client, functions={"encoder.onnx": encoder_file, "decoder.onnx": cropped}),
         "anylabeling": partial(client, functions={**pictured, "decoder.onnx": decoder_file}),

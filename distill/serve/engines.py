@@ -22,6 +22,9 @@ PROVIDERS = ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecution
 ENCODER, DECODER = "encoder.onnx", "decoder_batch.onnx"
 
 
+Earlier = Sequence[np.ndarray | None]
+
+
 class Engine(Protocol):
     """May be used from several threads.
 
@@ -39,14 +42,14 @@ class Engine(Protocol):
         """Pictures RGB uint8 (h, w, 3), max(h, w) = S → an embedding each, float32 (1, C, S/16, S/16)."""
 
     def decode(
-        self, embedding: np.ndarray, coords: np.ndarray, labels: np.ndarray, earlier: np.ndarray | None = None
+        self, embedding: np.ndarray, coords: np.ndarray, labels: np.ndarray, earlier: Earlier = ()
     ) -> tuple[np.ndarray, np.ndarray]:
-        """All masks of P prompts of equally many tokens, as `BatchDecoder` makes them.
+        """All masks of P prompts, as `BatchDecoder` makes them.
 
         Args:
             embedding: float32 (1, C, h, w).
-            coords: float32 (P, N, 2); labels: float32 (P, N).
-            earlier: low-resolution logits (P, 4h, 4w) that are corrected; or None of them has any.
+            coords: float32 (P, N, 2); labels: float32 (P, N), `PAD` where there is no point.
+            earlier: low-resolution logits (4h, 4w) that a prompt corrects, None where it corrects none.
 
         Returns:
             Logits (P, 4, 4h, 4w), the mask for clear prompts first, and predicted IoUs (P, 4).
@@ -72,7 +75,7 @@ class OnnxEngine:
             onnxruntime.preload_dlls()  # CUDA's libraries where pip has put them
         try:
             self._encoder = _session(folder / ENCODER, providers, threads, {"image": (batch_size,)})
-            prompts = {"point_coords": (16, 8), "point_labels": (16, 8), "mask_input": (16,), "has_mask_input": (16,)}
+            prompts = {"point_coords": (64, 66), "point_labels": (64, 66), "mask_input": (64,), "has_mask_input": (64,)}
             self._decoder = _session(folder / DECODER, providers, 1, prompts)
         except Exception as error:  # ONNX Runtime's errors have no common class
             raise InputError(f"ONNX Runtime does not take the files in {folder}: {first_line(error)}") from error
@@ -89,17 +92,16 @@ class OnnxEngine:
         return [each[None].copy() for each in embeddings]
 
     def decode(
-        self, embedding: np.ndarray, coords: np.ndarray, labels: np.ndarray, earlier: np.ndarray | None = None
+        self, embedding: np.ndarray, coords: np.ndarray, labels: np.ndarray, earlier: Earlier = ()
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
-        count = len(coords)
-        masks = np.zeros((count, self._side, self._side), np.float32) if earlier is None else earlier
+        masks, given = earlier_masks(earlier, len(coords), self._side)
         feeds = {
             "image_embeddings": embedding,
             "point_coords": coords,
             "point_labels": labels,
-            "mask_input": masks[:, None],
-            "has_mask_input": np.full(count, earlier is not None, np.float32),
+            "mask_input": masks,
+            "has_mask_input": given,
         }
         low_res, ious = self._decoder.run(["low_res_masks", "iou_predictions"], feeds)
         return low_res, ious
@@ -126,15 +128,22 @@ class TorchEngine:
 
     @torch.no_grad()
     def decode(
-        self, embedding: np.ndarray, coords: np.ndarray, labels: np.ndarray, earlier: np.ndarray | None = None
+        self, embedding: np.ndarray, coords: np.ndarray, labels: np.ndarray, earlier: Earlier = ()
     ) -> tuple[np.ndarray, np.ndarray]:
         """See `Engine`."""
-        count = len(coords)
-        masks = np.zeros((count, self._side, self._side), np.float32) if earlier is None else earlier
-        given = np.full(count, earlier is not None, np.float32)
-        taken = [torch.from_numpy(each).to(self.device) for each in (embedding, coords, labels, masks[:, None], given)]
+        masks, given = earlier_masks(earlier, len(coords), self._side)
+        taken = [torch.from_numpy(each).to(self.device) for each in (embedding, coords, labels, masks, given)]
         low_res, ious = self._decoder(*taken)
         return low_res.float().cpu().numpy(), ious.float().cpu().numpy()
+
+
+def earlier_masks(earlier: Earlier, count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """What decoders take of earlier masks: float32 (P, 1, side, side), and float32 (P,), 1 where there is one."""
+    masks, given = np.zeros((count, 1, side, side), np.float32), np.zeros(count, np.float32)
+    for place, mask in enumerate(earlier):
+        if mask is not None:
+            masks[place], given[place] = mask, 1
+    return masks, given
 
 
 class Outline:

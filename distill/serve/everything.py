@@ -46,11 +46,9 @@ class EngineMaskGenerator(BoundedMaskGenerator):
         return super()._process_batch(points, im_size, crop_box, orig_size)
 
     def _decode(self, points: np.ndarray, im_size: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """See the parent's. A click is followed by a padding point, as SAM was trained."""
-        clicks = self.predictor.transform.apply_coords(points, im_size)
-        coords = np.stack([clicks, np.zeros_like(clicks)], axis=1).astype(np.float32)
-        labels = np.tile(np.array([1, -1], np.float32), (len(points), 1))
-        low_res, ious = self.engine.decode(self.embedding.values, coords, labels)
+        """See the parent's."""
+        clicks = self.predictor.transform.apply_coords(points, im_size)[:, None].astype(np.float32)
+        low_res, ious = self.engine.decode(self.embedding.values, clicks, np.ones(clicks.shape[:2], np.float32))
         return torch.from_numpy(low_res[:, AMBIGUOUS]), torch.from_numpy(ious[:, AMBIGUOUS])
 
 

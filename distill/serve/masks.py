@@ -48,13 +48,12 @@ def masks_of(
     """
     prepared = [prepare(prompt, embedding, number) for number, prompt in enumerate(request.prompts)]
     answers: list[list[Mask]] = [[] for _ in prepared]
-    for some in _passes([(labels.shape[0], earlier is not None) for _, labels, earlier in prepared]):
+    for start in range(0, len(prepared), PROMPTS_AT_ONCE):
         if stopped():
             raise Gone
-        coords = np.stack([prepared[place][0] for place in some])
-        labels = np.stack([prepared[place][1] for place in some])
-        earlier = [mask for place in some if (mask := prepared[place][2]) is not None]
-        low_res, ious = engine.decode(embedding.values, coords, labels, np.stack(earlier) if earlier else None)
+        some = range(start, min(start + PROMPTS_AT_ONCE, len(prepared)))
+        coords, labels = filled_up([prepared[place][:2] for place in some])
+        low_res, ious = engine.decode(embedding.values, coords, labels, [prepared[place][2] for place in some])
         for place, masks, predicted in zip(some, low_res, ious, strict=True):
             for number in chosen(predicted, clicks(request.prompts[place]), request.multimask):
                 if stopped():
@@ -88,10 +87,8 @@ def prepare(prompt: Prompt, embedding: Embedding, number: int) -> tuple[np.ndarr
         raise Refused(422, "bad_prompt", f"{where} lies outside of the picture, {width}×{height} px")
     if len(corners) and not (corners[0] < corners[1]).all():
         raise Refused(422, "bad_prompt", f"{where}: a box is x0, y0, x1, y1, with x0 < x1 and y0 < y1")
-    kinds = [*labels, TOP_LEFT, BOTTOM_RIGHT] if len(corners) else [*labels, PAD]
+    kinds = [*labels, TOP_LEFT, BOTTOM_RIGHT] if len(corners) else labels
     coords = ResizeLongestSide(embedding.image_size).apply_coords(coords, embedding.original_size)
-    if not len(corners):
-        coords = np.concatenate([coords, np.zeros((1, 2))])
     earlier = None if prompt.mask_input is None else _earlier(prompt.mask_input, embedding.image_size // 4, where)
     return coords.astype(np.float32), np.array(kinds, np.float32), earlier
 
@@ -146,16 +143,14 @@ class Stop:
         self._event.set()
 
 
-def _passes(kinds: Sequence[tuple[int, bool]]) -> list[list[int]]:
-    """Places of prompts that go through the decoder together: of as many tokens, all with an earlier mask or none."""
-    together: dict[tuple[int, bool], list[int]] = {}
-    for place, kind in enumerate(kinds):
-        together.setdefault(kind, []).append(place)
-    return [
-        places[start : start + PROMPTS_AT_ONCE]
-        for places in together.values()
-        for start in range(0, len(places), PROMPTS_AT_ONCE)
-    ]
+def filled_up(prompts: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts (N, 2) and (N,) of whatever lengths as one (P, N, 2) and (P, N): with points that are not there."""
+    longest = max(len(labels) for _, labels in prompts)
+    coords = np.zeros((len(prompts), longest, 2), np.float32)
+    kinds = np.full((len(prompts), longest), PAD, np.float32)
+    for place, (points, labels) in enumerate(prompts):
+        coords[place, : len(labels)], kinds[place, : len(labels)] = points, labels
+    return coords, kinds
 
 
 def _earlier(text: str, side: int, where: str) -> np.ndarray:

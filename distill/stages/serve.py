@@ -17,7 +17,7 @@ NEEDED = ("starlette", "uvicorn", "prometheus_client", "msgspec", "contourpy")
 def check(recipe: Recipe, before: Collection[str]) -> None:
     """A student with a decoder, the libraries, one process, and a token where others can reach the port."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise InputError(f"stage=serve needs {', '.join(missing)}: pip install 'sam-distill[serve]'")
+        raise InputError(f"stage=serve needs {', '.join(missing)}: pip install '.[serve]' where it was cloned")
     from distill.serve.files import served_recipe
     from distill.serve.token import token_of
 

@@ -202,7 +202,10 @@ def test_without_the_extra_the_line_says_how_to_get_it(words: list[str], cli: Cl
     )
     result = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1] == "distill.py: stage=serve needs uvicorn: pip install 'sam-distill[serve]'"
+    assert (
+        result.stderr.splitlines()[-1]
+        == "distill.py: stage=serve needs uvicorn: pip install '.[serve]' where it was cloned"
+    )
 
 
 def test_the_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
