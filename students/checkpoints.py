@@ -32,6 +32,7 @@ def save_student(path: Path, student: StudentEncoder, metadata: Mapping[str, str
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
     own = {"format": FORMAT, "student": json.dumps(config_dict(student))}
     save_file(tensors, path, metadata={**metadata, **own})
+    path.chmod(0o644)  # safetensors keeps its files to their maker
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ import torch
 from segment_anything.modeling import Sam
 from torch import nn
 
+from distill.benchmark.exports import exported_encoders, is_run
 from distill.checks import nearest
 from distill.export.files import digest as file_digest
 from distill.export.files import size as file_size
@@ -81,13 +82,17 @@ class Contender:
 
 
 def find_contenders(names: list[str], image_size: int) -> list[Contender]:
-    """Contenders by the names that the command line gives, groups resolved; one that comes twice is told apart by its
-    label.
+    """Contenders by the names that the command line gives, groups and runs resolved; one that comes twice is told apart
+    by its label.
 
     Raises:
-        InputError: a name that is not known, a file that is not there.
+        InputError: a name that is not known, a file that is not there, a run without exported encoders.
     """
-    resolved = [each for name in names for each in (GROUPS[name]() if name in GROUPS else [name])]
+    resolved = [
+        each
+        for name in names
+        for each in (GROUPS[name]() if name in GROUPS else exported_encoders(name) if is_run(name) else [name])
+    ]
     found: list[Contender] = []
     for source in resolved:
         kind = SUFFIXES.get(Path(source).suffix)

@@ -2,7 +2,6 @@
 
 import os
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -11,13 +10,13 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from platform import platform, processor, python_version
+from platform import platform, python_version
 from typing import Any
 
 import torch
 
 from distill.benchmark.timing import interleave, synchronize, timed
-from embeddings_cache.system import available_cores, installed_versions
+from embeddings_cache.system import available_cores, cpu_name, installed_versions
 from students import InputError
 
 MATRIX = 8192
@@ -107,7 +106,7 @@ def pick_device(name: str) -> torch.device:
 
 def machine(device: torch.device, threads: int | None = None) -> dict[str, Any]:
     """What the numbers were measured on."""
-    cpu = _cpu_name() or processor()
+    cpu = cpu_name()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "device": gpu if gpu and device.type == "cuda" else cpu,
@@ -129,14 +128,3 @@ def _memory_bytes() -> int | None:
     if "SC_PHYS_PAGES" not in names or "SC_PAGE_SIZE" not in names:
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cpu_name() -> str | None:
-    if sys.platform == "darwin":
-        asked = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
-        return asked.stdout.strip() or None
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return None
-    lines = (line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name"))
-    return next((line.partition(":")[2].strip() for line in lines), None)

@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.benchmark.cache import CacheBenchmark, benchmark_cache
 from distill.benchmark.compare import compare, machines_differ
 from distill.benchmark.contenders import SUFFIXES
+from distill.benchmark.exports import hand_over
 from distill.benchmark.pipeline import PipelineBenchmark, benchmark_pipeline
 from distill.benchmark.plot import draw_students
 from distill.benchmark.serve import ServeBenchmark, benchmark_serve
@@ -41,8 +42,9 @@ python benchmark.py compare BEFORE.json AFTER.json
 
 Measure what things cost: each beside its baseline, in turns, in one run. A contender is a student or one of SAM's
 encoders (repvit_m0_9, repvit_m1-fuse, tiny_vit_5m, vit_b, ...), several of them (recipes, students, sam), a checkpoint
-(.safetensors, .pt, .pth), or an exported file (.onnx, .mlpackage). --quick is a minute's answer. Every sample goes to
-benchmark.json, the tables to benchmark.md. `compare` tells what changed beyond noise."""
+(.safetensors, .pt, .pth), an exported file (.onnx, .mlpackage), or a run directory, whose exported encoders are
+measured and described with what came out. --quick is a minute's answer. Every sample goes to benchmark.json, the
+tables to benchmark.md. `compare` tells what changed beyond noise."""
 
 KINDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]], str]] = {
     "students": (StudentsBenchmark, benchmark_students, "encoders on backends: latency, memory, size, fidelity"),
@@ -84,6 +86,8 @@ def main(arguments: list[str]) -> int:
         if isinstance(value, int | float):
             print(f"{key}: {value}")
     written = write_results(out, {**others, kind: content})
+    if kind == "students":
+        written += hand_over(settings.contenders, content)
     print(f"-> {', '.join(map(str, written))}")
     return 130 if content.get("interrupted") else 0
 

@@ -1,7 +1,7 @@
 """What others' programs need of a student: the folders that exports make for CVAT and labelling tools.
 
 A folder here is a tool's. Its files go beside the ONNX files as they are, those that end in `.jinja` filled in, and
-`segmenter.py` with those that import it.
+what several import with those that do.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-SHARED = "segmenter.py"
+SHARED = {"segmenter.py": "from segmenter import", "web/resize.mjs": 'from "./resize.mjs"'}
+"""Files of this package that go into several folders, and how files there import them."""
 
 
 def write_client(tool: str, directory: Path, facts: dict[str, str | int]) -> None:
@@ -26,8 +27,9 @@ def write_client(tool: str, directory: Path, facts: dict[str, str | int]) -> Non
     ours = files("distill.clients")
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     texts = {name: file.read_text(encoding="utf-8") for name, file in _files(ours / tool)}
-    if any("from segmenter import" in text for text in texts.values()):
-        texts[SHARED] = (ours / SHARED).read_text(encoding="utf-8")
+    for shared, imported in SHARED.items():
+        if any(imported in text for text in texts.values()):
+            texts[shared.rpartition("/")[2]] = (ours / shared).read_text(encoding="utf-8")
     for name, text in texts.items():
         if name.endswith(".jinja"):
             name, text = name.removesuffix(".jinja"), jinja.from_string(text).render(facts)

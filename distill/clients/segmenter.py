@@ -48,7 +48,8 @@ class Segmenter:
         providers: ONNX Runtime's execution providers; default: CUDA where the installed build has it, and the CPU.
         threads: of one run; default: ONNX Runtime's own choice.
         cache_mb: embeddings that are kept, by the picture's content, the most recently used.
-        decoder: one that lies elsewhere.
+        encoder: another than `encoder.onnx`.
+        decoder: another than `decoder.onnx`.
 
     Raises:
         RuntimeError: encoder and decoder do not belong together.
@@ -60,6 +61,7 @@ class Segmenter:
         providers: Sequence[str] | None = None,
         threads: int = 0,
         cache_mb: float = 256,
+        encoder: Path | None = None,
         decoder: Path | None = None,
     ) -> None:
         options = onnxruntime.SessionOptions()
@@ -71,7 +73,7 @@ class Segmenter:
             onnxruntime.preload_dlls()  # CUDA's libraries where pip has put them
         self.encoder, self.decoder = (
             onnxruntime.InferenceSession(str(file), options, providers=chosen)
-            for file in (folder / "encoder.onnx", decoder or folder / "decoder.onnx")
+            for file in (encoder or folder / "encoder.onnx", decoder or folder / "decoder.onnx")
         )
         found = [
             session.get_modelmeta().custom_metadata_map.get(FINGERPRINT) for session in (self.encoder, self.decoder)
@@ -127,6 +129,7 @@ class Segmenter:
         labels: Sequence[int] = (),
         box: Sequence[float] | None = None,
         earlier: np.ndarray | None = None,
+        shown: tuple[int, int] | None = None,
     ) -> Mask:
         """The mask of one object.
 
@@ -137,10 +140,22 @@ class Segmenter:
             labels: 1 for each click on the object, 0 beside it.
             box: x0, y0, x1, y1 in pixels of the picture.
             earlier: `low_res` of an answer that this one corrects.
+            shown: width and height of the mask; default: the picture's. A screen's are made sooner than those of a
+                photograph of 12 megapixels.
+
+        Raises:
+            ValueError: there is neither a point nor a box, or one that is not made of finite numbers; or a point
+                without a label.
         """
-        width, height = size
+        width, height = shown or size
         corners = [] if box is None else [box[:2], box[2:]]
         coords = np.array([*corners, *points], np.float64).reshape(1, -1, 2)
+        if not coords.size:
+            raise ValueError("neither a point nor a box says what to segment")
+        if not np.isfinite(coords).all():
+            raise ValueError("a point or box is not a number")
+        if len(labels) != len(points):
+            raise ValueError(f"{len(points)} points have {len(labels)} labels")
         coords = coords * np.array(resized(size, self.image_size)) / np.array(size)
         kinds = [*([] if box is None else [2, 3]), *labels]
         side = self.image_size // 4

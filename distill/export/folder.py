@@ -9,12 +9,15 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from distill.export.card import card_of, masks_evaluation
 from distill.export.coreml import conversions
 from distill.export.encoder import validation_rows
 from distill.export.files import digest, remove, size
 from distill.export.handover import write_readme
+from distill.export.latency import time_files
 from distill.export.makers import Make, makers
 from distill.export.onnx import WEIGHTS_ALONE
+from distill.export.programs import write_programs
 from distill.export.proof import ParityError, Reference
 from distill.export.subject import Subject, is_untrained, load_subject, refusal, unfit, wanted_formats
 from distill.export.swift import FOLDER as SWIFT
@@ -30,6 +33,11 @@ from students import InputError, first_line, weight_files
 TOOLS = (
     "sam-distill", "torch", "timm", "segment-anything-py", "onnx", "onnxscript", "onnxruntime", "coremltools", "numpy",
 )  # fmt: skip
+
+
+TOLD = ("page", "evaluation")
+"""What an export was made from that changes no file of weights: the settings of `web/`, and what the README says of
+masks."""
 
 
 def export(recipe: Recipe, accelerator: Accelerator) -> bool:
@@ -71,6 +79,7 @@ def export_inputs(recipe: Recipe) -> dict[str, Any]:
         "student_sha256": sha256(chosen_student(recipe)),
         "export": {**vars(recipe.export), "formats": formats},
         "page": vars(recipe.predict) if "web" in formats else None,
+        "evaluation": (masks_evaluation(recipe) or {}).get("made_from"),
         "teacher": [recipe.teacher.name, found if len(found) > 1 else next(iter(found), None)],
         "cache": info and info.identity.as_json(),
     }
@@ -99,6 +108,7 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
         making = {directory / called[name]: functions[name] for name in wanted}
         files, failures, refused = make_files(making, dispensable, say)
     files = {name: entry for name, entry in {**kept, **files}.items() if (directory / name).exists()}
+    time_files(directory, files)
     left_out = {name: reason for name, reason in {**left_out, **refused}.items() if name not in files}
     manifest: dict[str, Any] = {
         "student": {
@@ -112,6 +122,7 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
         "teacher": subject.teacher,
         "recipe": subject.recipe,
         "note": subject.note,
+        "card": card_of(recipe, subject),
         "versions": installed_versions(TOOLS),
         "files": files,
         "left_out": left_out,
@@ -119,8 +130,9 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
     }
     if failures:  # the next run tries again, for what these were made from is not said in full
         manifest |= {"failures": failures, "made_from": {"student_sha256": inputs["student_sha256"]}}
+    manifest["beside"] = write_programs(directory, files)
     if packages := packages_of(files):
-        manifest["beside"] = {SWIFT: write_swift(directory / SWIFT, subject, packages)}
+        manifest["beside"][SWIFT] = write_swift(directory / SWIFT, subject, packages)
     write_readme(directory / "README.md", manifest)
     write_json(directory / "manifest.json", manifest)
     if failures:
@@ -226,14 +238,15 @@ def clear(directory: Path, inputs: dict[str, Any]) -> tuple[dict[str, dict[str, 
     named = [name for name in there if name == Path(name).name]
     packages = [path.name for path in directory.glob("*.mlpackage")]
     # The third is an earlier version's.
-    for stale in ("manifest.json", "README.md", "decoder_cvat.onnx", SWIFT, *ours, *named, *packages):
-        remove(directory / stale)
+    beside = [name for name in earlier.get("beside", {}) if name == Path(name).name]
+    for former in ("manifest.json", "README.md", "decoder_cvat.onnx", SWIFT, *ours, *named, *packages, *beside):
+        remove(directory / former)
     return {}, {}
 
 
 def _but_for_formats(inputs: dict[str, Any]) -> dict[str, Any]:
     settings = inputs.get("export") or {}
-    others = {key: value for key, value in inputs.items() if key != "page"}
+    others = {key: value for key, value in inputs.items() if key not in TOLD}
     return {**others, "export": {key: value for key, value in settings.items() if key != "formats"}}
 
 

@@ -59,12 +59,10 @@ Complete = Callable[[Path, Facts], None]
 def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Reference) -> dict[str, Make]:
     """The function that makes each file; what several are made of is made once."""
     encoder, size, opset = RgbEncoder(subject.encoder).eval(), subject.image_size, recipe.export.opset
-    origin = Origin(subject.name, subject.teacher, subject.recipe)
-    exported = cache(
-        lambda: marked(encoder_model(encoder, recipe.export.dynamic_batch, NEWEST_OPSET), subject.fingerprint)
-    )
+    origin = Origin(subject.name, subject.teacher, subject.recipe, subject.license)
+    exported = cache(lambda: marked(encoder_model(encoder, recipe.export.dynamic_batch, NEWEST_OPSET), subject.marks))
     onnx = cache(lambda version: in_opset(deepcopy(exported()), version))
-    low_res = cache(lambda single: marked(low_res_model(subject.sam, single, opset), subject.fingerprint))
+    low_res = cache(lambda single: marked(low_res_model(subject.sam, single, opset), subject.marks))
 
     @cache
     def gate() -> Reference:
@@ -93,7 +91,7 @@ def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Ref
         def of_batches() -> ModelProto:
             if recipe.export.dynamic_batch:
                 return exported()
-            return marked(encoder_model(encoder, True, NEWEST_OPSET), subject.fingerprint)
+            return marked(encoder_model(encoder, True, NEWEST_OPSET), subject.marks)
 
         return export_transformers_js(path, subject, reference, cache(of_batches), pictures(), opset, gate)
 
@@ -122,7 +120,7 @@ def makers(recipe: Recipe, subject: Subject, coreml: Conversions, reference: Ref
     encoder_file = Once(lambda path: export_onnx_encoder(onnx(opset), reference, path))
     decoder_file = Once(onnx_decoder)
     cropped = partial(onnx_decoder, crop=True)
-    batch = cache(lambda version: marked(batch_decoder_model(subject.sam, version), subject.fingerprint))
+    batch = cache(lambda version: marked(batch_decoder_model(subject.sam, version), subject.marks))
     fp16_file = Once(lambda path: export_onnx_encoder(onnx(opset), reference, path, float16=True))
     batch_file = Once(lambda path: export_batch_decoder(batch(opset), reference, path))
     page: dict[str, Make] = {

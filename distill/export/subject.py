@@ -9,6 +9,7 @@ from pathlib import Path
 from segment_anything.modeling import Sam
 from torch import nn
 
+from distill.clients.segmenter import FINGERPRINT
 from distill.recipe import Recipe
 from distill.run import chosen_student, other_teacher, published_checkpoint
 from distill.schema import FORMATS
@@ -51,6 +52,8 @@ class Subject:
     note: str | None
     asked: str | None = None
     """`export.name`."""
+    license: str = ""
+    """Under which the files are handed out, as far as that is known."""
 
     @property
     def prefix(self) -> str:
@@ -67,10 +70,27 @@ class Subject:
         """Of the embedding, as the decoder takes it; None where there is none."""
         return self.sam.prompt_encoder.embed_dim if self.sam else None
 
+    @property
+    def marks(self) -> dict[str, str]:
+        """What the files say of themselves: their fingerprint, where there is a decoder, and the licence."""
+        fingerprint = {FINGERPRINT: self.fingerprint} if self.fingerprint else {}
+        return {**fingerprint, "license": self.license}
+
     @cached_property
     def fingerprint(self) -> str | None:
         """What encoder and decoder that belong together have in common; None where there is no decoder."""
         return weights_sha256(self.sam)[:16] if self.sam else None
+
+
+def license_of(recipe: Recipe, published: bool = False) -> str:
+    """`export.license`; where nothing is said, what is known of it. The toy teacher and scenes are this project's."""
+    if recipe.export.license is not None:
+        return recipe.export.license
+    if published:
+        return "that of the checkpoint it was converted from"
+    if recipe.teacher.name == "toy":
+        return "Apache-2.0"
+    return "not said; those of the teacher and of the images may bind it"
 
 
 def class_name(name: str) -> str:
@@ -153,7 +173,8 @@ def load_subject(recipe: Recipe) -> Subject:
         whole = sam.image_encoder
         encoder, decoder = _as_asked(whole, recipe), sam if has_decoder else None
         notes = (left_out(sam), _learnt_otherwise(encoder))
-        return Subject(name, name, None, encoder, whole, decoder, "; ".join(filter(None, notes)) or None, asked)
+        note = "; ".join(filter(None, notes)) or None
+        return Subject(name, name, None, encoder, whole, decoder, note, asked, license_of(recipe, published=True))
     student = load_student(path)
     if is_untrained(path):
         raise InputError(f"{path} was not trained: it holds the weights that training starts from")
@@ -161,7 +182,8 @@ def load_subject(recipe: Recipe) -> Subject:
     if sam is None:
         note = "there is no mask decoder: embeddings alone are compared"
     encoder = _as_asked(student, recipe)
-    return Subject(student.config.name, recipe.teacher.name, recipe.name, encoder, student, sam, note, asked)
+    license = license_of(recipe)
+    return Subject(student.config.name, recipe.teacher.name, recipe.name, encoder, student, sam, note, asked, license)
 
 
 def _learnt_otherwise(encoder: nn.Module) -> str | None:

@@ -12,6 +12,7 @@ from embeddings_cache.system.files import (
 )
 from embeddings_cache.system.hashing import stable_hash
 from embeddings_cache.system.overlap import available_cores, iterate_ahead, map_ahead, processes_here
+from embeddings_cache.system.processor import cpu_name
 from embeddings_cache.system.progress import bar, progress_bar
 from embeddings_cache.system.stopping import Stopped, StopRequest, stop_on_request
 from embeddings_cache.system.versions import installed_versions
@@ -25,6 +26,7 @@ __all__ = [
     "Workers",
     "available_cores",
     "bar",
+    "cpu_name",
     "installed_versions",
     "iterate_ahead",
     "map_ahead",

@@ -20,6 +20,7 @@ def test_a_student_comes_back_from_its_file_alone(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(loaded(image), student.eval()(image))
     assert read_metadata(tmp_path / "s.safetensors")["recipe"] == "name: x"
+    assert (tmp_path / "s.safetensors").stat().st_mode & 0o777 == 0o644  # for whoever it is handed to
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x80\x02}q\x00."])

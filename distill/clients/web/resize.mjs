@@ -43,21 +43,21 @@ export class Resizer {
     this.narrow = new Uint8ClampedArray(height * toWidth * 3); // all rows, already of the new width
   }
 
-  // The next rows, RGBA bytes.
-  push(rgba) {
+  // The next rows: RGBA bytes, or RGB where a pixel has three.
+  push(pixels, bytes = 4) {
     const { width, toWidth, narrow } = this;
     const { first, count, weights, taps } = this.across;
-    const rows = rgba.length / (4 * width);
+    const rows = pixels.length / (bytes * width);
     let to = this.row * toWidth * 3;
     for (let y = 0; y < rows; y++)
       for (let x = 0; x < toWidth; x++) {
         let red = HALF, green = HALF, blue = HALF;
-        let from = (y * width + first[x]) * 4;
-        for (let tap = x * taps, end = tap + count[x]; tap < end; tap++, from += 4) {
+        let from = (y * width + first[x]) * bytes;
+        for (let tap = x * taps, end = tap + count[x]; tap < end; tap++, from += bytes) {
           const weight = weights[tap];
-          red += rgba[from] * weight;
-          green += rgba[from + 1] * weight;
-          blue += rgba[from + 2] * weight;
+          red += pixels[from] * weight;
+          green += pixels[from + 1] * weight;
+          blue += pixels[from + 2] * weight;
         }
         narrow[to++] = red >> BITS;
         narrow[to++] = green >> BITS;

@@ -13,20 +13,19 @@ class Origin:
     student: str
     teacher: str
     recipe: str | None
-    """None for a checkpoint from elsewhere, whose licence is its publisher's."""
+    """None for a checkpoint from elsewhere."""
+    license: str = ""
 
     def describe(self) -> str:
         """The student in words."""
         return f"{self.student}, {'converted' if self.recipe is None else f'distilled from {self.teacher}'}"
 
     def write_to(self, model: Any, description: str) -> None:
-        """Describe a Core ML model; the licence of our own students is that of SAM and of this project."""
+        """Describe a Core ML model."""
         model.short_description = description
         model.version = f"sam-distill {installed_versions(['sam-distill'])['sam-distill']}"
+        model.license = self.license
         model.user_defined_metadata.update(student=self.student, teacher=self.teacher)
-        if self.recipe is None:
-            model.license = "that of the checkpoint it was converted from"
-            return
-        model.author = "sam-distill"
-        model.license = "Apache-2.0"
-        model.user_defined_metadata.update(recipe=self.recipe)
+        if self.recipe is not None:
+            model.author = "sam-distill"
+            model.user_defined_metadata.update(recipe=self.recipe)

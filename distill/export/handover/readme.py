@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from distill.export.coreml import MAX_POINTS, PADDING_COLOUR
+from distill.export.programs import encoder_of_programs
 from distill.export.swift import packages_of
 from embeddings_cache.system import whole_file
 
@@ -37,8 +38,12 @@ def write_readme(path: Path, manifest: dict[str, Any]) -> None:
     encoders = [name for name in made if name.startswith("encoder")]
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     jinja.filters["code"] = "`{}`".format
+    jinja.filters["iou"] = lambda value: "–" if value is None else f"{value:.3f}"
     text = jinja.from_string(_resource("README.md.jinja")).render(
         manifest={"failures": [], "left_out": {}, "beside": {}, **manifest},
+        card=manifest.get("card"),
+        uses=_uses(made),
+        folders=[name for name, entry in manifest.get("beside", {}).items() if entry.get("format") == "folder"],
         made=made,
         images_from=next((file["parity"].get("images_from") for file in made.values()), None),
         size=manifest["student"]["image_size"],
@@ -58,8 +63,9 @@ def write_readme(path: Path, manifest: dict[str, Any]) -> None:
         clients={name: whom for name, whom in CLIENTS.items() if name in made},
         dynamic=any(not isinstance(made[name]["inputs"]["image"]["shape"][0], int) for name in encoders),
         on_a_mac=any("runtime" in file["parity"] for file in made.values()),
-        python=snippet("segment.py", manifest),
-        javascript=snippet("segment.mjs", manifest),
+        encoder=encoder_of_programs(made),
+        programs="segment.py" in manifest.get("beside", {}),
+        latencies=[{"file": name, **found} for name, file in made.items() for found in file.get("latency", ())],
         apps=packages_of(made),
         swift=swift_snippet(made),
     )
@@ -67,13 +73,25 @@ def write_readme(path: Path, manifest: dict[str, Any]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def snippet(name: str, manifest: dict[str, Any]) -> str:
-    """A client's code, for the files of this export."""
-    encoders = [made for made in manifest["files"] if made.startswith("encoder")]
-    text = _resource(f"snippets/{name}").strip().replace("encoder.onnx", next(iter(encoders), "encoder.onnx"))
-    for word, key in (("size", "image_size"), ("input", "input_size")):
-        text = re.sub(rf"(\b{word} = )1024", rf"\g<1>{manifest['student'][key]}", text, count=1, flags=re.IGNORECASE)
-    return text
+def _uses(made: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where it may run, and the files for that."""
+
+    def pair(encoder: str, decoder: str = "decoder.onnx") -> list[str]:
+        return [name for name in (encoder, decoder) if name in made] if encoder in made else []
+
+    faster = made.get("encoder_int8.onnx", {}).get("times_as_fast", 0)
+    uses = [
+        ("a processor: ONNX Runtime for Python, Node, C++, C# and others", pair("encoder.onnx")),
+        (f"the same, {faster} times as fast on one core here", pair("encoder_int8.onnx") if faster > 1 else []),
+        ("a GPU: ONNX Runtime with CUDA or DirectML", pair("encoder_fp16.onnx")),
+        ("an NVIDIA GPU: TensorRT", pair(*ENGINES)),
+        ("a browser, as a page that is ready", [name for name in ("web",) if name in made]),
+        ("a browser, as part of a page", pair("encoder.onnx")),
+        ("iPhone, iPad, Mac", list(packages_of(made) or ())),
+        ("the same, a smaller download", [name for name in made if re.search(r"Encoder_\w+\.mlpackage$", name)]),
+        ("many prompts on one picture at once", [name for name in ("decoder_batch.onnx",) if name in made]),
+    ]
+    return [(where, ", ".join(f"`{name}`" for name in names)) for where, names in uses if names]
 
 
 def swift_snippet(made: Iterable[str]) -> str:

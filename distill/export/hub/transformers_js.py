@@ -78,7 +78,7 @@ def export_transformers_js(
     def compared(precision: str) -> Reference:
         return gate() if precision == "int8" else reference
 
-    decoder = marked(prompt_model(sam, opset), subject.fingerprint)
+    decoder = marked(prompt_model(sam, opset), subject.marks)
     files: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     with whole_directory(path) as folder:

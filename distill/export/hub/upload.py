@@ -10,6 +10,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from distill.export.files import digest, size
+from distill.export.hub.card import UNSAID
 from distill.recipe import Recipe
 from distill.run import chosen_student, is_whole
 from distill.schema import ExportRecipe
@@ -17,9 +18,6 @@ from embeddings_cache.system import read_json, sha256
 from students import InputError, first_line, unreachable
 
 FOLDER = "huggingface"
-
-UNSAID = "license_name: to-be-filled-in"
-"""What the card says of its licence until somebody has decided on one."""
 
 
 def check_publish(recipe: Recipe) -> None:

@@ -9,7 +9,6 @@ import torch
 from onnx import helper
 from torch import nn
 
-from distill.clients.segmenter import FINGERPRINT
 from distill.export.onnx.opset import EXPORTED, in_opset
 from distill.export.quiet import quietly
 
@@ -42,10 +41,9 @@ def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def marked(model: onnx.ModelProto, fingerprint: str | None) -> onnx.ModelProto:
-    """A model whose metadata say which encoder and decoder belong together."""
-    if fingerprint is not None:
-        helper.set_model_props(model, {FINGERPRINT: fingerprint})
+def marked(model: onnx.ModelProto, marks: dict[str, str]) -> onnx.ModelProto:
+    """A model with metadata: which encoder and decoder belong together, the licence."""
+    helper.set_model_props(model, marks)
     return model
 
 

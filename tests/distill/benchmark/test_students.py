@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -146,6 +147,23 @@ def test_fidelity_comes_from_the_evaluation_of_these_very_weights(folder: Path) 
     assert facts(contender)["miou_box"] is None
 
 
+def test_a_runs_exported_encoders_are_measured_and_described_with_it(finished_run: Path, tmp_path: Path) -> None:
+    """In the place of what the export measured in short."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run / "run" / "export", run / "export")
+    few = ["backends=onnxruntime", "rounds=1", "turn_seconds=0.05", "threads=1", f"out={tmp_path / 'b.json'}"]
+    assert main(["students", str(run), "--quick", *few]) == 0
+    (row,) = json.loads((tmp_path / "b.json").read_text())["students"]["rows"]
+    assert row["name"] == str(run / "export" / "encoder.onnx")
+    (latency,) = json.loads((run / "export" / "manifest.json").read_text())["files"]["encoder.onnx"]["latency"]
+    assert latency["by"] == "benchmark.py students"
+    assert (latency["ms"], latency["threads"]) == (row["median_ms"], 1)
+    assert latency["runs"] == sum(map(len, row["samples_ms"]))
+    readme = (run / "export" / "README.md").read_text()
+    assert f"| `encoder.onnx` | onnxruntime, 1 thread | {row['median_ms']} | benchmark.py students" in readme
+    assert "stage=export` takes" not in readme
+
+
 def test_what_is_written_for_people(folder: Path) -> None:
     page = (folder / "benchmark.md").read_text()
     content = json.loads((folder / "benchmark.json").read_text())["students"]
@@ -240,6 +258,7 @@ def test_the_pareto_front() -> None:
     [
         (["repvit_m9"], "contender 'repvit_m9' is neither known nor a file; did you mean 'repvit_m"),
         (["nowhere.onnx"], "nowhere.onnx: no such file"),
+        (["tests"], "tests has no exported encoder: python distill.py stage=export run_dir=tests"),
         (["repvit_m0_9", "backends=eagre"], "backends=eagre is not known; did you mean 'eager'?"),
         (["repvit_m0_9", "baseline=vit_b"], "baseline=vit_b is none of the rows"),
         (["repvit_m0_9", "batches=1,x"], "batches=1,x are not numbers of images"),

@@ -26,7 +26,7 @@ from students import build_student_sam
 ct = pytest.importorskip("coremltools")
 FLOAT16, FLOAT32 = 10, 11
 """As MIL's protobuf counts types."""
-ORIGIN = Origin("repvit_m0_9", "toy", "quickstart")
+ORIGIN = Origin("repvit_m0_9", "toy", "quickstart", "Apache-2.0")
 
 
 @cache

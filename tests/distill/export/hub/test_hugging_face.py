@@ -224,11 +224,13 @@ def test_the_card_says_what_the_run_came_to(finished_run: Path, cli: Cli, tmp_pa
     assert "- Teacher: `toy`" in card
     assert "![Masks of the teacher and of this student](masks.png)" in card
     assert (out / "export" / "huggingface" / "masks.png").exists()
+    assert "\nlicense: other\nlicense_name: to-be-filled-in\n" in card
 
     (out / "evaluation.json").unlink()  # as where nobody has evaluated it
     (out / "export" / "manifest.json").unlink()
-    done = cli("stage=export", f"run_dir={out}", "export.formats=[huggingface]")
+    done = cli("stage=export", f"run_dir={out}", "export.formats=[huggingface]", "export.license=CC-BY-NC-4.0")
     assert done.returncode == 0, done.stderr
     card = (out / "export" / "huggingface" / "README.md").read_text()
     assert "It has not been evaluated" in card
     assert "masks.png" not in card
+    assert card.startswith("---\nlicense: cc-by-nc-4.0\nlibrary_name: transformers\n")

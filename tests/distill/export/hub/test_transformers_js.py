@@ -40,7 +40,7 @@ def subject() -> Subject:
 
 def encoder() -> onnx.ModelProto:
     model = encoder_model(RgbEncoder(small_student()).eval(), dynamic_batch=True, opset=NEWEST_OPSET)
-    return marked(model, subject().fingerprint)
+    return marked(model, subject().marks)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_all_is_there_that_transformers_js_looks_for(folder: tuple[Path, dict[st
     assert all(f"`{name}`" in card for name in FILES)
     for file in told["files"]:
         model = onnx.load(path / file)
-        assert {entry.key: entry.value for entry in model.metadata_props} == {"fingerprint": subject().fingerprint}
+        assert {entry.key: entry.value for entry in model.metadata_props} == subject().marks
         assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 17)]
 
 

@@ -1,0 +1,63 @@
+"""`benchmark.py students RUN`: the encoders of a run's export, and the latencies that are written there."""
+
+from pathlib import Path
+from typing import Any
+
+from distill.export.latency import note_latencies
+from embeddings_cache.system import read_json
+from students import InputError
+
+ENGINES = ("encoder_trt.onnx",)
+"""Encoders for a runtime that no backend here has."""
+
+
+def is_run(name: str) -> bool:
+    """Whether a name on the command line is a run directory's: a package for Core ML is a directory too."""
+    return Path(name).is_dir() and not Path(name).suffix
+
+
+def exported_encoders(run: str) -> list[str]:
+    """Paths of the encoders in a run's `export/`.
+
+    Raises:
+        InputError: it has none.
+    """
+    directory = Path(run) / "export"
+    manifest = directory / "manifest.json"
+    names = read_json(manifest)["files"] if manifest.exists() else {}
+    encoders = [name for name in names if "ncoder" in name and Path(name).suffix and name not in ENGINES]
+    found = [str(directory / name) for name in encoders if (directory / name).exists()]
+    if not found:
+        raise InputError(f"{run} has no exported encoder: python distill.py stage=export run_dir={run}")
+    return found
+
+
+def hand_over(names: list[str], content: dict[str, Any]) -> list[Path]:
+    """Put the latencies of runs that were named into their exports' manifests and READMEs; returns the READMEs' paths.
+
+    Args:
+        names: what was asked for on the command line.
+        content: of `benchmark.json`.
+    """
+    machine = content["machine"]
+    written = []
+    for run in filter(is_run, names):
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in content["rows"]:
+            path = Path(row["name"])
+            if path.parent == Path(run) / "export" and "median_ms" in row:
+                latency = {
+                    "backend": row["backend"],
+                    "ms": row["median_ms"],
+                    "p10_ms": row["p10_ms"],
+                    "p90_ms": row["p90_ms"],
+                    "runs": sum(map(len, row["samples_ms"])),
+                    "threads": machine["threads"],
+                    "machine": machine["cpu"],
+                    "date": machine["date"],
+                    "by": "benchmark.py students",
+                }
+                found.setdefault(path.name, []).append(latency)
+        if found:
+            written.append(note_latencies(Path(run) / "export", found))
+    return written
