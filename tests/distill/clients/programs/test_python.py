@@ -16,6 +16,7 @@ from distill.main import main
 from embeddings_cache.images.decoding import decode_image
 from programs import PROMPTS, block, expect, expect_all, picture, pictures, place
 from students import read_metadata, save_student
+from support import TINY, places
 
 PACKAGES = {"numpy", "onnxruntime", "PIL"}
 """What `pip install onnxruntime numpy pillow` brings."""
@@ -56,20 +57,17 @@ def test_the_masks_are_the_predictors(export: Path, predictor: SamPredictor, tmp
 
 
 @pytest.mark.slow
-def test_stage_predict_says_the_same(
-    export: Path, predictor: SamPredictor, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stage_predict_says_the_same(export: Path, predictor: SamPredictor, finished_run: Path, tmp_path: Path) -> None:
     """On the command line, of the student that was exported."""
-    monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / "s.safetensors"
     metadata = read_metadata(finished_run / "run" / "student.safetensors")
     save_student(checkpoint, predictor.model.image_encoder, metadata)
     photo = tmp_path / "turned.jpg"
     photo.write_bytes(pictures()[photo.name])
-    asked = ["stage=predict", f"checkpoint={checkpoint}", f"image={photo}"]
+    asked = [*TINY, *places(tmp_path, "gone.tar"), "stage=predict", f"checkpoint={checkpoint}", f"image={photo}"]
     for ours, theirs in ((["48,85"], ["point=48,85"]), (["--box", "24,17,96,153"], ["box=24,17,96,153"])):
         assert main([*asked, *theirs]) == 0
-        expected = np.asarray(Image.open(tmp_path / "runs" / "s" / "predict" / "turned-mask.png")) > 0
+        expected = np.asarray(Image.open(tmp_path / "run" / "predict" / "turned-mask.png")) > 0
         done = segment(export, photo, *ours, "--out", tmp_path / "found.png")
         assert done.returncode == 0, done.stderr
         assert mask_iou(np.asarray(Image.open(tmp_path / "found.png")) > 0, expected) >= 0.99
