@@ -1,7 +1,6 @@
 """Students at half the pixels through every stage, and what their receiver makes of the folder."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,13 +52,10 @@ def test_every_stage_takes_it(run: Path) -> None:
 @pytest.mark.slow
 def test_the_receivers_code_resizes_once_and_gets_the_same_mask(run: Path) -> None:
     export = run / "export"
-    readme = (export / "README.md").read_text(encoding="utf-8")
-    (python,) = re.findall(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
-    (export / "segment.py").write_text(python)
     scene, masks = generate_scene(np.random.default_rng(3), 300)
     Image.fromarray(scene).save(export / "photo.png")
     y, x = (int(places.mean()) for places in np.nonzero(max(masks, key=np.sum)))
-    command = [sys.executable, "segment.py", "photo.png", str(x), str(y)]
+    command = [sys.executable, "segment.py", "photo.png", f"{x},{y}"]
     subprocess.run(command, cwd=export, check=True, capture_output=True, timeout=120)
     found = np.asarray(Image.open(export / "mask.png"))
 
@@ -68,4 +64,4 @@ def test_the_receivers_code_resizes_once_and_gets_the_same_mask(run: Path) -> No
     predictor.set_image(scene)
     expected, ious, _ = predictor.predict(np.array([[x, y]]), np.array([1]))
     assert found.any()
-    assert mask_iou(found, expected[ious.argmax()]) > 0.85
+    assert mask_iou(found > 0, expected[ious.argmax()]) > 0.85

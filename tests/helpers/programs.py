@@ -4,15 +4,19 @@ import io
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageCms
 from segment_anything import SamPredictor
 
 from distill.clients import write_client
+from distill.evaluate.ious import mask_iou
+from embeddings_cache.images.decoding import decode_image
 from embeddings_cache.images.scenes import generate_scene
 from support import ROOT
 
@@ -209,3 +213,54 @@ def block(readme: str, language: str, heading: str) -> str:
     section = readme.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     (found,) = re.findall(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     return found
+
+
+Program = Callable[..., subprocess.CompletedProcess[str]]
+"""`segment.py` or `segment.mjs`, by its arguments."""
+
+
+def check_masks(program: Program, predictor: SamPredictor, photo: Path) -> None:
+    """A program's masks of a picture are the predictor's, for prompts of every kind, and what it says of them is so."""
+    image = decode_image(photo.read_bytes())
+    height, width = image.shape[:2]
+    predictor.set_image(image)
+    shares = []
+    for kind, prompt in PROMPTS.items():
+        points, box = place(prompt, (width, height))
+        on = [f"{x},{y}" for x, y, label in points if label]
+        off = [part for x, y, label in points if not label for part in ("--off", f"{x},{y}")]
+        more = [*(["--box", ",".join(map(str, box))] if box else []), *(["--refine"] if prompt.refine else [])]
+        done = program(photo, *on, *off, *more, "--out", photo.with_name("found.png"))
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        expected = expect_all(predictor, points, box, prompt.refine)
+        with Image.open(photo.with_name("found.png")) as png:
+            assert png.mode == "L"
+            mask = np.asarray(png)
+        assert mask.shape == (height, width)
+        assert set(np.unique(mask)) <= {0, 255}
+        assert mask_iou(mask > 0, expected.mask) >= 0.99, kind
+        said = re.fullmatch(r".*found\.png: (\d+) pixels, predicted IoU (\d\.\d{3})\n", done.stdout)
+        assert said, done.stdout
+        assert int(said[1]) == (mask > 0).sum()
+        assert abs(float(said[2]) - expected.iou) < 2e-3
+        shares.append(expected.mask.mean())
+    assert sum(0.01 < share < 0.99 for share in shares) >= 3, shares  # or there would be nothing to compare
+
+
+def check_sizes(program: Program, predictor: SamPredictor, tmp_path: Path) -> None:
+    """A mask for a screen is the same mask: at sizes with sides that are no whole multiples, larger than the picture
+    too."""
+    photo = tmp_path / "landscape.jpg"
+    photo.write_bytes(pictures()[photo.name])
+    predictor.set_image(decode_image(photo.read_bytes()))
+    expected = expect(predictor, [(84, 75, 1)])
+    for longest in (100, 333):
+        done = program(photo, "84,75", "--longest", longest, "--out", tmp_path / "found.png")
+        assert done.returncode == 0, done.stderr
+        mask = np.asarray(Image.open(tmp_path / "found.png"))
+        assert mask.shape == (round(150 * longest / 209), longest)
+        low_res = torch.from_numpy(expected.low_res)[None]
+        shown = predictor.model.postprocess_masks(low_res, predictor.input_size, mask.shape)[0, 0].numpy() > 0
+        assert mask_iou(mask > 0, shown) >= 0.98
+        assert 0.01 < shown.mean() < 0.99

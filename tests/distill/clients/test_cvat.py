@@ -41,6 +41,7 @@ from distill.evaluate.ious import mask_iou
 from distill.export.encoder import RgbEncoder
 from distill.export.onnx import decoder_model, encoder_model, low_res_model
 from embeddings_cache.images.scenes import generate_scene
+from npm import needs_node, npm_install
 from published import read_peer, weights_by_rule
 from students import load_checkpoint
 from students.sam import untrained_sam
@@ -57,7 +58,6 @@ RUNTIMES = {"web-1.14": "onnxruntime-web@1.14.0", "web": "onnxruntime-web@1.30.0
 SIZES = {"landscape": (427, 640), "portrait": (701, 467), "square": (512, 512)}
 """Height and width."""
 
-needs_node = pytest.mark.skipif(not (shutil.which("node") and shutil.which("npm")), reason="needs Node and npm")
 
 SERVER = """
 import json, sys
@@ -549,14 +549,9 @@ def test_memory_stays_flat_over_two_hundred_requests(folder: Path, python: Path)
 
 @pytest.fixture(scope="module")
 def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """ONNX Runtime for browsers, as old as CVAT once had it and new, and for Node; scripts of packages are not run."""
+    """ONNX Runtime for browsers, as old as CVAT once had it and new, and for Node."""
     directory = tmp_path_factory.mktemp("npm")
-    (directory / "package.json").write_text("{}")
-    packages = [f"{alias}@npm:{package}" for alias, package in RUNTIMES.items()]
-    command = [shutil.which("npm") or "npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", *packages]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    yield directory / "node_modules"
+    yield npm_install(directory, *(f"{alias}@npm:{package}" for alias, package in RUNTIMES.items()))
     shutil.rmtree(directory)  # half a gigabyte
 
 

@@ -1,20 +1,31 @@
 """`segment.mjs`: what it makes of a picture's file is what `SamPredictor` makes of the pixels that Python reads."""
 
-import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from segment_anything import SamPredictor
 
 from distill.evaluate.ious import mask_iou
 from embeddings_cache.images.decoding import decode_image
 from npm import needs_node
-from programs import PROMPTS, block, expect, expect_all, in_node, kinds, node, picture, pictures, place, refused
+from programs import (
+    block,
+    check_masks,
+    check_sizes,
+    expect,
+    expect_all,
+    in_node,
+    kinds,
+    node,
+    picture,
+    pictures,
+    refused,
+)
 
 
 @pytest.mark.slow
@@ -45,52 +56,14 @@ def test_node_reads_the_pixels_that_python_reads(folder: Path, tmp_path: Path) -
 @needs_node
 @pytest.mark.parametrize("name", list(pictures()))
 def test_node_makes_the_predictors_masks(folder: Path, predictor: SamPredictor, tmp_path: Path, name: str) -> None:
-    photo = tmp_path / name
-    photo.write_bytes(pictures()[name])
-    image = decode_image(photo.read_bytes())
-    height, width = image.shape[:2]
-    predictor.set_image(image)
-    shares = []
-    for kind, prompt in PROMPTS.items():
-        points, box = place(prompt, (width, height))
-        on = [f"{x},{y}" for x, y, label in points if label]
-        off = [part for x, y, label in points if not label for part in ("--off", f"{x},{y}")]
-        more = [*(["--box", ",".join(map(str, box))] if box else []), *(["--refine"] if prompt.refine else [])]
-        done = node(folder, "segment.mjs", photo, *on, *off, *more, "--out", tmp_path / "found.png")
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
-        expected = expect_all(predictor, points, box, prompt.refine)
-        with Image.open(tmp_path / "found.png") as png:
-            assert png.mode == "L"
-            mask = np.asarray(png)
-        assert mask.shape == (height, width)
-        assert set(np.unique(mask)) <= {0, 255}
-        assert mask_iou(mask > 0, expected.mask) >= 0.99, kind
-        said = re.fullmatch(r".*found\.png: (\d+) pixels, predicted IoU (\d\.\d{3})\n", done.stdout)
-        assert said, done.stdout
-        assert int(said[1]) == (mask > 0).sum()
-        assert float(said[2]) == pytest.approx(expected.iou, abs=2e-3)
-        shares.append(expected.mask.mean())
-    assert sum(0.01 < share < 0.99 for share in shares) >= 3, shares  # or there would be nothing to compare
+    (tmp_path / name).write_bytes(pictures()[name])
+    check_masks(partial(node, folder, "segment.mjs"), predictor, tmp_path / name)
 
 
 @pytest.mark.slow
 @needs_node
 def test_a_mask_for_a_screen_is_the_same_mask(folder: Path, predictor: SamPredictor, tmp_path: Path) -> None:
-    """At sizes with sides that are no whole multiples, larger than the picture too."""
-    photo = tmp_path / "landscape.jpg"
-    photo.write_bytes(pictures()[photo.name])
-    predictor.set_image(decode_image(photo.read_bytes()))
-    expected = expect(predictor, [(84, 75, 1)])
-    for longest in (100, 333):
-        done = node(folder, "segment.mjs", photo, "84,75", "--longest", str(longest), "--out", tmp_path / "found.png")
-        assert done.returncode == 0, done.stderr
-        mask = np.asarray(Image.open(tmp_path / "found.png"))
-        assert mask.shape == (round(150 * longest / 209), longest)
-        low_res = torch.from_numpy(expected.low_res)[None]
-        shown = predictor.model.postprocess_masks(low_res, predictor.input_size, mask.shape)[0, 0].numpy() > 0
-        assert mask_iou(mask > 0, shown) >= 0.98
-        assert 0.01 < shown.mean() < 0.99
+    check_sizes(partial(node, folder, "segment.mjs"), predictor, tmp_path)
 
 
 @pytest.mark.slow

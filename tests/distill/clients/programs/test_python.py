@@ -3,18 +3,18 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from segment_anything import SamPredictor
 
 from distill.evaluate.ious import mask_iou
 from distill.main import main
 from embeddings_cache.images.decoding import decode_image
-from programs import PROMPTS, block, expect, expect_all, picture, pictures, place
+from programs import block, check_masks, check_sizes, expect, expect_all, picture, pictures
 from students import read_metadata, save_student
 from support import TINY, places
 
@@ -30,30 +30,8 @@ def segment(export: Path, *arguments: str | Path) -> subprocess.CompletedProcess
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(pictures()))
 def test_the_masks_are_the_predictors(export: Path, predictor: SamPredictor, tmp_path: Path, name: str) -> None:
-    photo = tmp_path / name
-    photo.write_bytes(pictures()[name])
-    image = decode_image(photo.read_bytes())
-    height, width = image.shape[:2]
-    predictor.set_image(image)
-    shares = []
-    for kind, prompt in PROMPTS.items():
-        points, box = place(prompt, (width, height))
-        on = [f"{x},{y}" for x, y, label in points if label]
-        off = [part for x, y, label in points if not label for part in ("--off", f"{x},{y}")]
-        more = [*(["--box", ",".join(map(str, box))] if box else []), *(["--refine"] if prompt.refine else [])]
-        done = segment(export, photo, *on, *off, *more, "--out", tmp_path / "found.png")
-        assert done.returncode == 0, done.stderr
-        expected = expect_all(predictor, points, box, prompt.refine)
-        mask = np.asarray(Image.open(tmp_path / "found.png"))
-        assert mask.shape == (height, width)
-        assert set(np.unique(mask)) <= {0, 255}
-        assert mask_iou(mask > 0, expected.mask) >= 0.99, kind
-        said = re.fullmatch(r".*found\.png: (\d+) pixels, predicted IoU (\d\.\d{3})\n", done.stdout)
-        assert said, done.stdout
-        assert int(said[1]) == (mask > 0).sum()
-        assert float(said[2]) == pytest.approx(expected.iou, abs=2e-3)
-        shares.append(expected.mask.mean())
-    assert sum(0.01 < share < 0.99 for share in shares) >= 3, shares  # or there would be nothing to compare
+    (tmp_path / name).write_bytes(pictures()[name])
+    check_masks(partial(segment, export), predictor, tmp_path / name)
 
 
 @pytest.mark.slow
@@ -76,19 +54,7 @@ def test_stage_predict_says_the_same(export: Path, predictor: SamPredictor, fini
 
 @pytest.mark.slow
 def test_a_mask_for_a_screen_is_the_same_mask(export: Path, predictor: SamPredictor, tmp_path: Path) -> None:
-    photo = tmp_path / "landscape.jpg"
-    photo.write_bytes(pictures()[photo.name])
-    predictor.set_image(decode_image(photo.read_bytes()))
-    expected = expect(predictor, [(84, 75, 1)])
-    for longest in (100, 333):
-        done = segment(export, photo, "84,75", "--longest", str(longest), "--out", tmp_path / "found.png")
-        assert done.returncode == 0, done.stderr
-        mask = np.asarray(Image.open(tmp_path / "found.png"))
-        assert mask.shape == (round(150 * longest / 209), longest)
-        low_res = torch.from_numpy(expected.low_res)[None]
-        shown = predictor.model.postprocess_masks(low_res, predictor.input_size, mask.shape)[0, 0].numpy() > 0
-        assert mask_iou(mask > 0, shown) >= 0.98
-        assert 0.01 < shown.mean() < 0.99
+    check_sizes(partial(segment, export), predictor, tmp_path)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 from distill.export.onnx import picture_encoder_model
 from distill.export.onnx.file import open_session
 from embeddings_cache.images.scenes import generate_scene
+from npm import needs_node, npm_install
 from support import Cli
 
 OLD = {"1.15.0": "1.26.4", "1.16.3": "1.26.4"}
@@ -116,15 +117,12 @@ def test_old_runtimes_open_and_compute_every_file(version: str, exported: dict[s
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("node") and shutil.which("npm")), reason="needs Node and npm")
+@needs_node
 @pytest.mark.parametrize("package", OLD_JAVASCRIPT)
 def test_old_runtimes_in_javascript_too(package: str, exported: dict[str, Path], tmp_path: Path) -> None:
     """CVAT before December 2025 brings onnxruntime-web 1.14. Float16 layer norms it cannot load: 1.15 can."""
     exported = {name: path for name, path in exported.items() if name != "encoder_fp16"}
-    (tmp_path / "package.json").write_text("{}")
-    npm = [shutil.which("npm") or "npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", package]
-    done = subprocess.run(npm, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
+    npm_install(tmp_path, package)
     (tmp_path / "files.json").write_text(json.dumps({name: str(path) for name, path in exported.items()}))
     for name, path in exported.items():
         plain = {
