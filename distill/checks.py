@@ -119,6 +119,8 @@ def check_recipe(recipe: Recipe, origin: Callable[[str], str]) -> None:
         refuse("port", recipe.port, " is more than 65535")
     if not re.fullmatch(r"([A-Za-z]\w*)?", recipe.export.name or "", re.ASCII):
         refuse("export.name", recipe.export.name, " is no name of a class: letters, digits and underscores")
+    if recipe.export.license is not None and not re.fullmatch(r"\S(.*\S)?", recipe.export.license):
+        refuse("export.license", repr(recipe.export.license), " is no licence: one line, as apache-2.0")
     if not recipe.export.formats:
         refuse("export.formats", recipe.export.formats, " names no file to make")
     if recipe.image_size < 64 or recipe.image_size % 64:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-SHARED = {"segmenter.py": "from segmenter import", "web/resize.mjs": 'from "./resize.mjs"'}
+SHARED = {"segmenter.py": "from segmenter import", "web/resize.mjs": '"./resize.mjs"', "web/png.mjs": '"./png.mjs"'}
 """Files of this package that go into several folders, and how files there import them."""
 
 

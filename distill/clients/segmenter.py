@@ -52,12 +52,12 @@ class Segmenter:
         decoder: another than `decoder.onnx`.
 
     Raises:
-        RuntimeError: encoder and decoder do not belong together.
+        RuntimeError: they are not an encoder, and the decoder of one mask that belongs to it.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         providers: Sequence[str] | None = None,
         threads: int = 0,
         cache_mb: float = 256,
@@ -71,18 +71,13 @@ class Segmenter:
         chosen = [name for name in providers or ("CUDAExecutionProvider", "CPUExecutionProvider") if name in there]
         if "CUDAExecutionProvider" in chosen and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()  # CUDA's libraries where pip has put them
+        files = (Path(encoder or Path(folder) / "encoder.onnx"), Path(decoder or Path(folder) / "decoder.onnx"))
         self.encoder, self.decoder = (
-            onnxruntime.InferenceSession(str(file), options, providers=chosen)
-            for file in (encoder or folder / "encoder.onnx", decoder or folder / "decoder.onnx")
+            onnxruntime.InferenceSession(str(file), options, providers=chosen) for file in files
         )
-        found = [
-            session.get_modelmeta().custom_metadata_map.get(FINGERPRINT) for session in (self.encoder, self.decoder)
-        ]
-        if None in found or len(set(found)) > 1:
-            raise RuntimeError(f"{folder}: encoder.onnx is of {found[0]}, decoder.onnx of {found[1]}: not one model")
-        self.fingerprint = str(found[0])
+        self.fingerprint = _of_both(self.encoder, self.decoder, files)
         self.input_size = int(self.encoder.get_inputs()[0].shape[-1])
-        self.image_size = int(self._input("mask_input")[-1]) * 4
+        self.image_size = int(_shape(self.decoder.get_inputs(), "mask_input")[-1]) * 4
         self.providers = self.encoder.get_providers()
         self._kept: OrderedDict[bytes, tuple[np.ndarray, tuple[int, int]]] = OrderedDict()
         self._room = int(cache_mb * 2**20)
@@ -138,24 +133,24 @@ class Segmenter:
             size: width and height of the picture.
             points: x, y of clicks in pixels of the picture.
             labels: 1 for each click on the object, 0 beside it.
-            box: x0, y0, x1, y1 in pixels of the picture.
+            box: x0, y0, x1, y1 in pixels of the picture, two opposite corners.
             earlier: `low_res` of an answer that this one corrects.
             shown: width and height of the mask; default: the picture's. A screen's are made sooner than those of a
                 photograph of 12 megapixels.
 
         Raises:
-            ValueError: there is neither a point nor a box, or one that is not made of finite numbers; or a point
-                without a label.
+            ValueError: there is neither a point nor a box, or one that is not made of finite numbers; or labels are
+                others, or not as many as points.
         """
         width, height = shown or size
-        corners = [] if box is None else [box[:2], box[2:]]
+        corners: Sequence[float] | np.ndarray = () if box is None else np.sort(np.reshape(box, (2, 2)), axis=0)
         coords = np.array([*corners, *points], np.float64).reshape(1, -1, 2)
         if not coords.size:
             raise ValueError("neither a point nor a box says what to segment")
         if not np.isfinite(coords).all():
             raise ValueError("a point or box is not a number")
-        if len(labels) != len(points):
-            raise ValueError(f"{len(points)} points have {len(labels)} labels")
+        if len(labels) != len(points) or not set(labels) <= {0, 1}:
+            raise ValueError(f"each of {len(points)} points has a label, 1 on the object or 0 beside it, not {labels}")
         coords = coords * np.array(resized(size, self.image_size)) / np.array(size)
         kinds = [*([] if box is None else [2, 3]), *labels]
         side = self.image_size // 4
@@ -181,9 +176,6 @@ class Segmenter:
         """Run both once, so that the first request is as fast as the others."""
         embedding = self.embed(Image.new("RGB", (64, 48)))
         self.segment(embedding, (64, 48), [(32, 24)], [1])
-
-    def _input(self, name: str) -> list[int]:
-        return next(each.shape for each in self.decoder.get_inputs() if each.name == name)
 
 
 def read_picture(encoded: bytes, upright: bool = True) -> Image.Image:
@@ -232,3 +224,29 @@ def resized(size: tuple[int, int], longest: int) -> tuple[int, int]:
     if min(width, height) < 1:
         raise BadPicture(f"{size[0]}×{size[1]} px are too elongated for a longest side of {longest} px")
     return width, height
+
+
+def _of_both(
+    encoder: onnxruntime.InferenceSession, decoder: onnxruntime.InferenceSession, files: tuple[Path, Path]
+) -> str:
+    """The fingerprint that an encoder and its decoder have in common.
+
+    Raises:
+        RuntimeError: they are not an encoder, and the decoder of one mask that belongs to it.
+    """
+    if [each.name for each in encoder.get_inputs()] != ["image"]:
+        raise RuntimeError(f"{files[0]} is no encoder that takes an image of 0–255")
+    if _shape(decoder.get_outputs(), "iou_predictions")[-1] == 4:
+        raise RuntimeError(f"{files[1]} makes all masks of a prompt, and not the one")
+    ours, theirs = (each.get_modelmeta().custom_metadata_map.get(FINGERPRINT) for each in (encoder, decoder))
+    if ours is None or ours != theirs:
+        raise RuntimeError(f"{files[0]} is of {ours}, {files[1].name} of {theirs}: not one model")
+    return str(ours)
+
+
+def _shape(tensors: Sequence[onnxruntime.NodeArg], name: str) -> list[int | str]:
+    """Of one of a session's inputs or outputs."""
+    for tensor in tensors:
+        if tensor.name == name:
+            return tensor.shape
+    raise RuntimeError(f"this is no decoder: it has no {name}, but {', '.join(tensor.name for tensor in tensors)}")

@@ -7,7 +7,8 @@ import { readFile } from "node:fs/promises";
 export async function readPixels(sharp, path) {
   const encoded = await readFile(path);
   try {
-    const { space } = await sharp(encoded).metadata();
+    const { space, depth } = await sharp(encoded).metadata();
+    if (!["uchar", "ushort"].includes(depth)) throw new Error(`it has numbers of ${depth}, not of 8 or 16 bits`);
     const image = sharp(encoded, { ignoreIcc: true, failOn: "error" }).autoOrient();
     return await (space === "cmyk" ? fromCmyk(image) : take(image.toColourspace("srgb").removeAlpha()));
   } catch (error) {

@@ -82,7 +82,7 @@ async function installed(name) {
     return (await import(name)).default;
   } catch (error) {
     if (error.code !== "ERR_MODULE_NOT_FOUND") throw error;
-    throw new Error(`${name} is not installed: npm install ${name}, or npm install in ${beside("")}`);
+    throw new Error(`${name} is not installed: npm install in ${beside(".")}`);
   }
 }
 

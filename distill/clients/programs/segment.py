@@ -28,11 +28,13 @@ def main() -> None:
     parser.add_argument("--refine", action="store_true", help="one point after the other, each with the mask before")
     parser.add_argument("--longest", type=int, metavar="PIXELS", help="of the mask's sides, for a screen")
     parser.add_argument("--encoder", type=Path, default=HERE / "encoder.onnx", help="another of the encoders")
-    parser.add_argument("--out", type=Path, default=Path("mask.png"), help="default: mask.png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("mask.png"), help="a PNG, 255 on the object and 0 elsewhere; default: mask.png"
+    )
     asked = parser.parse_intermixed_args()
     try:
         found = answer(asked)
-        Image.fromarray(found.mask).convert("L").save(asked.out)
+        Image.fromarray(found.mask).convert("L").save(asked.out, format="PNG")
     except Exception as error:  # ONNX Runtime's have no common kind
         print(f"segment.py: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
@@ -47,11 +49,13 @@ def answer(asked: argparse.Namespace) -> Mask:
         ValueError: nothing was asked for, or something outside of the photo.
         OSError: there is no such file.
     """
-    for file in (asked.photo, asked.encoder):
+    for file in (asked.photo, asked.encoder, HERE / "decoder.onnx"):
         if not file.exists():
             raise FileNotFoundError(f"{file}: no such file")
     if asked.longest is not None and asked.longest < 1:
         raise ValueError(f"--longest is a number of pixels, not {asked.longest}")
+    if asked.box and asked.box[:2] == asked.box[2:]:
+        raise ValueError(f"the corners of a box are one point, {asked.box[0]:g},{asked.box[1]:g}")
     segmenter = Segmenter(HERE, encoder=asked.encoder)
     embedding, size = segmenter.look(asked.photo.read_bytes())  # once a picture
     points, labels = [*asked.on, *asked.off], [1] * len(asked.on) + [0] * len(asked.off)

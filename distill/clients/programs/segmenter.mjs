@@ -18,8 +18,10 @@ export class Segmenter {
     return new Segmenter(ort, await open(encoder), await open(decoder));
   }
 
-  // Of sessions that are open. Raises an error where they are not an encoder and the decoder that belongs to it.
+  // Of sessions that are open. Raises an error where they are not an encoder and a decoder for what it makes; whether
+  // they are of one model only Python can see (segmenter.py), for ONNX Runtime shows no metadata here.
   constructor(ort, encoder, decoder) {
+    if (!encoder.inputMetadata) throw new Error("This needs onnxruntime-node or onnxruntime-web 1.22 or newer.");
     Object.assign(this, { ort, encoder, decoder });
     const [embedding, made] = [shapeOf(decoder.inputMetadata, "image_embeddings"), encoder.outputMetadata[0]?.shape];
     this.side = shapeOf(encoder.inputMetadata, "image").at(-1); // of the encoder's input, in pixels

@@ -43,6 +43,7 @@ def write_readme(path: Path, manifest: dict[str, Any]) -> None:
         manifest={"failures": [], "left_out": {}, "beside": {}, **manifest},
         card=manifest.get("card"),
         uses=_uses(made),
+        tensors=_tensors(made),
         folders=[name for name, entry in manifest.get("beside", {}).items() if entry.get("format") == "folder"],
         made=made,
         images_from=next((file["parity"].get("images_from") for file in made.values()), None),
@@ -83,7 +84,7 @@ def _uses(made: dict[str, Any]) -> list[tuple[str, str]]:
     uses = [
         ("a processor: ONNX Runtime for Python, Node, C++, C# and others", pair("encoder.onnx")),
         (f"the same, {faster} times as fast on one core here", pair("encoder_int8.onnx") if faster > 1 else []),
-        ("a GPU: ONNX Runtime with CUDA or DirectML", pair("encoder_fp16.onnx")),
+        ("a GPU: ONNX Runtime with CUDA (`onnxruntime-gpu`)", pair("encoder_fp16.onnx")),
         ("an NVIDIA GPU: TensorRT", pair(*ENGINES)),
         ("a browser, as a page that is ready", [name for name in ("web",) if name in made]),
         ("a browser, as part of a page", pair("encoder.onnx")),
@@ -92,6 +93,21 @@ def _uses(made: dict[str, Any]) -> list[tuple[str, str]]:
         ("many prompts on one picture at once", [name for name in ("decoder_batch.onnx",) if name in made]),
     ]
     return [(where, ", ".join(f"`{name}`" for name in names)) for where, names in uses if names]
+
+
+def _tensors(made: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Inputs and outputs of encoders and decoders, those that have the same in one row."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for name, file in made.items():
+        if "inputs" in file:
+            sides = (", ".join(_tensor(*each) for each in file[side].items()) for side in ("inputs", "outputs"))
+            rows.setdefault((next(sides), next(sides)), []).append(f"`{name}`")
+    return [(", ".join(names), *sides) for sides, names in rows.items()]
+
+
+def _tensor(name: str, tensor: dict[str, Any]) -> str:
+    kind = "" if tensor["dtype"] == "float32" else f" {tensor['dtype']}"
+    return f"`{name}` {' × '.join(map(str, tensor['shape']))}{kind}"
 
 
 def swift_snippet(made: Iterable[str]) -> str:

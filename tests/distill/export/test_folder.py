@@ -314,9 +314,12 @@ def test_packages_are_called_as_swift_calls_classes(name: str, expected: str) ->
     assert folder.file_name("encoder.onnx", expected) == "encoder.onnx"
 
 
-def test_a_name_that_is_none_for_a_class_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_or_licence_that_is_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "recipe=quickstart", "export.name=my-model")
     assert "export.name=my-model is no name of a class" in said
+    for text in ("", " mit", "mit\n- Licence: another"):
+        said = refused(capsys, "recipe=quickstart", f"export.license={text}")
+        assert "is no licence: one line, as apache-2.0" in said
 
 
 def test_what_nobody_asked_for_by_name_may_be_left_out(tmp_path: Path) -> None:

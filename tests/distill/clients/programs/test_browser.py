@@ -99,7 +99,9 @@ class Page:
         path.unlink(missing_ok=True)
         self.press("save")
         until(lambda: self.status().startswith("Saved"))
-        mask = np.asarray(Image.open(io.BytesIO(until(lambda: path.exists() and path.read_bytes()))).convert("L"))
+        png = Image.open(io.BytesIO(until(lambda: path.exists() and path.read_bytes())))
+        assert png.mode == "L"
+        mask = np.asarray(png)
         assert set(np.unique(mask)) <= {0, 255}
         return mask > 0
 
@@ -231,6 +233,29 @@ def test_clicks_are_shown_and_taken_back(page: Page, tmp_path: Path) -> None:
     page.show(photo)
     assert page.browser.evaluate("document.documentElement.scrollWidth") == 390
     assert page.browser.evaluate("document.getElementById('canvas').width") > 390  # the screen's own pixels
+
+
+@pytest.mark.slow
+@needs_node
+@needs_browser
+def test_a_click_on_a_picture_is_none_on_the_next(page: Page, tmp_path: Path) -> None:
+    """While that one is being read, the one before is still shown."""
+    first, second = tmp_path / "landscape.jpg", tmp_path / "large.jpg"
+    for photo in (first, second):
+        photo.write_bytes(pictures()[photo.name])
+    page.load()
+    page.show(first)
+    left, top = page.browser.evaluate(
+        "(({ left, top }) => [left, top])(document.getElementById('canvas').getBoundingClientRect())"
+    )
+    page.browser.choose("#file", second)
+    page.browser.click(left + 50, top + 40)
+    until(lambda: page.status().startswith("4000 × 3000 pixels, encoded in"))
+    page.browser.evaluate("new Promise((done) => setTimeout(done, 300))")
+    assert page.status().startswith("4000 × 3000")
+    assert page.browser.evaluate("document.getElementById('save').disabled")
+    page.browser.click(left + 50, top + 40)
+    page.answered()
 
 
 @pytest.mark.slow

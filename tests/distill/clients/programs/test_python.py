@@ -7,10 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 from segment_anything import SamPredictor
 
+from distill.clients.segmenter import Segmenter
 from distill.evaluate.ious import mask_iou
 from distill.main import main
 from embeddings_cache.images.decoding import decode_image
@@ -70,7 +72,8 @@ def test_what_is_wrong_is_one_line(export: Path, tmp_path: Path) -> None:
         (tmp_path / "words.jpg", "1,1"): "not a picture of a kind that can be read",
         (tmp_path / "gone.jpg", "1,1"): "gone.jpg: no such file",
         (photo, "1,1", "--encoder", tmp_path / "gone.onnx"): "gone.onnx: no such file",
-        (photo, "1,1", "--encoder", export / "decoder.onnx"): "Required inputs",
+        (photo, "1,1", "--encoder", export / "decoder.onnx"): "decoder.onnx is no encoder",
+        (photo, "--box", "5,5,5,5"): "the corners of a box are one point, 5,5",
         (photo, "1,1", "--encoder", export / "package.json"): "package.json",
         (photo, "1,1", "--longest", "0"): "longest",
         (photo, "1"): "invalid point value: '1'",
@@ -82,6 +85,37 @@ def test_what_is_wrong_is_one_line(export: Path, tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
         assert not (tmp_path / "mask.png").exists()
     assert segment(export, photo, "60,190", "--out", tmp_path / "mask.png").returncode == 0  # the corner is inside
+
+
+@pytest.mark.slow
+def test_what_no_mask_can_be_made_of_is_refused(export: Path, tmp_path: Path) -> None:
+    segmenter = Segmenter(str(export))
+    embedding = segmenter.embed(Image.fromarray(picture(60, 80)))
+    for given, reason in (
+        ({}, "neither a point nor a box"),
+        ({"points": [(1, float("nan"))], "labels": [1]}, "is not a number"),
+        ({"box": (1, 2, float("inf"), 4)}, "is not a number"),
+        ({"points": [(1, 2), (3, 4)], "labels": [1]}, "each of 2 points has a label"),
+        ({"points": [(1, 2)], "labels": [2]}, "1 on the object or 0 beside it, not "),
+    ):
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            segmenter.segment(embedding, (80, 60), **given)
+    box = segmenter.segment(embedding, (80, 60), box=(10, 5, 70, 50))
+    other_corners = segmenter.segment(embedding, (80, 60), box=(70, 5, 10, 50))
+    np.testing.assert_array_equal(box.mask, other_corners.mask)
+    assert box.mask.any()
+
+    with pytest.raises(RuntimeError, match=r"decoder\.onnx is no encoder that takes an image"):
+        Segmenter(export, encoder=export / "decoder.onnx")
+    with pytest.raises(RuntimeError, match=r"decoder_multimask\.onnx makes all masks of a prompt"):
+        Segmenter(export, decoder=export / "decoder_multimask.onnx")
+    with pytest.raises(RuntimeError, match="this is no decoder: it has no iou_predictions, but image_embeddings"):
+        Segmenter(export, decoder=export / "encoder.onnx")
+    model = onnx.load(export / "decoder.onnx")
+    onnx.helper.set_model_props(model, {"fingerprint": "0123456789abcdef"})
+    onnx.save(model, tmp_path / "decoder.onnx")
+    with pytest.raises(RuntimeError, match=r"decoder\.onnx of 0123456789abcdef: not one model"):
+        Segmenter(export, decoder=tmp_path / "decoder.onnx")
 
 
 @pytest.mark.slow

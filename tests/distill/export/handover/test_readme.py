@@ -131,7 +131,10 @@ def test_the_readme_explains_only_what_was_exported(finished_run: Path, tmp_path
     def of(*formats: str) -> list[str]:
         return sections(rendered(manifest_of(finished_run, formats), tmp_path))
 
-    first, last = ["What it is, and what it is not for", "Which file for what"], "Checking what arrived"
+    first, last = (
+        ["What it is, and what it is not for", "Which file for what", "What they take and give"],
+        "Checking what arrived",
+    )
     image, runtimes = "How an image goes in", "Which runtimes"
     assert of("onnx") == [*first, "How fast", image, runtimes, "TensorRT", last]
     assert of("coreml_8bit") == [*first, "How fast", image, last]
