@@ -13,7 +13,7 @@ ENGINES = ("encoder_trt.onnx",)
 
 def is_run(name: str) -> bool:
     """Whether a name on the command line is a run directory's: a package for Core ML is a directory too."""
-    return Path(name).is_dir() and not Path(name).suffix
+    return Path(name).is_dir() and Path(name).suffix != ".mlpackage"
 
 
 def exported_encoders(run: str) -> list[str]:

@@ -25,8 +25,9 @@ SHORT = "stage=export"
 def time_files(directory: Path, files: dict[str, dict[str, Any]]) -> None:
     """Put `latency` into what a manifest says of ONNX files for processors, where there is none: the median of some
     runs of ONNX Runtime on all cores, in turns, so that a machine that is busy slows all of them."""
+    threads = available_cores()
     untimed = [name for name in TIMED if name in files and "latency" not in files[name]]
-    sessions = {name: open_session(directory / name) for name in untimed}
+    sessions = {name: open_session(directory / name, intra_op_num_threads=threads) for name in untimed}
     feeds = {name: _example(session) for name, session in sessions.items()}
     for name, session in sessions.items():
         session.run(None, feeds[name])
@@ -45,7 +46,7 @@ def time_files(directory: Path, files: dict[str, dict[str, Any]]) -> None:
                 "backend": "onnxruntime",
                 "ms": round(1000 * median(taken), 2),
                 "runs": len(taken),
-                "threads": available_cores(),
+                "threads": threads,
                 "machine": cpu_name(),
                 "date": time.strftime("%Y-%m-%d"),
                 "by": SHORT,
