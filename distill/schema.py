@@ -233,7 +233,7 @@ class EvaluateRecipe:
 class ExportRecipe:
     formats: list[str] = field(default_factory=lambda: list(DEFAULT_FORMATS))  # files to make; docs/export.md; or all
     name: str | None = None  # before Encoder and Decoder in the names of Core ML packages; default: the student's
-    license: str | None = None  # under which the files are handed out, as apache-2.0; they and their cards say it
+    license: str | None = None  # under which the files are handed out, as apache-2.0; their metadata and cards say it
     opset: int = 17  # of ONNX files, 17 to 20; what older runtimes know
     input: str = "sam"  # what encoders take: sam, image_size px; native, student.input_size px, for who resizes once
     images: int = 2  # held-out images that every file is compared with PyTorch on

@@ -7,7 +7,7 @@ from types import UnionType
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from segment_anything.modeling import Sam
 
 from students.architectures import Contents, architecture, recognise
@@ -31,8 +31,7 @@ def save_student(path: Path, student: StudentEncoder, metadata: Mapping[str, str
     """Write weights and config. `metadata` values are free text (`recipe` holds the resolved recipe's YAML)."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in student.state_dict().items()}
     own = {"format": FORMAT, "student": json.dumps(config_dict(student))}
-    save_file(tensors, path, metadata={**metadata, **own})
-    path.chmod(0o644)  # safetensors keeps its files to their maker
+    path.write_bytes(save(tensors, metadata={**metadata, **own}))  # save_file would keep it to its maker
 
 
 def read_metadata(path: Path) -> dict[str, str]:

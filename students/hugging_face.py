@@ -95,7 +95,6 @@ def save_hugging_face(directory: Path, sam: Sam) -> None:
         directory / "model.safetensors",
         metadata={"format": "pt"},
     )
-    (directory / "model.safetensors").chmod(0o644)  # safetensors keeps its files to their maker
     contents = {"config.json": _config(sam), "preprocessor_config.json": hugging_face_preprocessing(sam)}
     for name, content in contents.items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

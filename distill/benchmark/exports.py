@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.export.latency import note_latencies
-from embeddings_cache.system import read_json
+from embeddings_cache.system import read_json, sole_user
 from students import InputError
 
 ENGINES = ("encoder_trt.onnx",)
@@ -38,26 +38,34 @@ def hand_over(names: list[str], content: dict[str, Any]) -> list[Path]:
     Args:
         names: what was asked for on the command line.
         content: of `benchmark.json`.
+
+    Raises:
+        InputError: another process works on the run, or its export is an earlier version's.
+        OSError: it cannot be written to.
     """
-    machine = content["machine"]
     written = []
-    for run in filter(is_run, names):
+    for run in dict.fromkeys(map(Path, filter(is_run, names))):
+        rows = [row for row in content["rows"] if Path(row["name"]).parent == run / "export" and "median_ms" in row]
         found: dict[str, list[dict[str, Any]]] = {}
-        for row in content["rows"]:
-            path = Path(row["name"])
-            if path.parent == Path(run) / "export" and "median_ms" in row:
-                latency = {
-                    "backend": row["backend"],
-                    "ms": row["median_ms"],
-                    "p10_ms": row["p10_ms"],
-                    "p90_ms": row["p90_ms"],
-                    "runs": sum(map(len, row["samples_ms"])),
-                    "threads": machine["threads"],
-                    "machine": machine["cpu"],
-                    "date": machine["date"],
-                    "by": "benchmark.py students",
-                }
-                found.setdefault(path.name, []).append(latency)
+        for row in rows:
+            found.setdefault(Path(row["name"]).name, []).append(_latency(row, content["machine"]))
         if found:
-            written.append(note_latencies(Path(run) / "export", found))
+            with sole_user(run):
+                written.append(note_latencies(run / "export", found))
     return written
+
+
+def _latency(row: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    on_gpu = row["backend"].endswith("-cuda")
+    elsewhere = on_gpu or row["backend"].startswith("coreml")
+    return {
+        "backend": row["backend"],
+        "ms": row["median_ms"],
+        "p10_ms": row["p10_ms"],
+        "p90_ms": row["p90_ms"],
+        "runs": sum(map(len, row["samples_ms"])),
+        "threads": None if elsewhere else machine["threads"],
+        "machine": machine["gpu"] if on_gpu else machine["cpu"],
+        "date": machine["date"],
+        "by": "benchmark.py students",
+    }

@@ -86,8 +86,12 @@ def main(arguments: list[str]) -> int:
         if isinstance(value, int | float):
             print(f"{key}: {value}")
     written = write_results(out, {**others, kind: content})
-    if kind == "students":
-        written += hand_over(settings.contenders, content)
+    try:
+        written += hand_over(settings.contenders, content) if kind == "students" else []
+    except (InputError, OSError) as error:
+        print(f"-> {', '.join(map(str, written))}")
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        return 2
     print(f"-> {', '.join(map(str, written))}")
     return 130 if content.get("interrupted") else 0
 

@@ -24,18 +24,27 @@ def write_client(tool: str, directory: Path, facts: dict[str, str | int]) -> Non
         facts: what templates say: `name`, a slug; `title`, for people; `fingerprint`; `size`, the longest side in
             pixels of the images that prompts are given for; Swift's also `encoder` and `decoder`.
     """
-    ours = files("distill.clients")
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    texts = {name: file.read_text(encoding="utf-8") for name, file in _files(ours / tool)}
-    for shared, imported in SHARED.items():
-        if any(imported in text for text in texts.values()):
-            texts[shared.rpartition("/")[2]] = (ours / shared).read_text(encoding="utf-8")
-    for name, text in texts.items():
+    for name, text in _texts(tool).items():
         if name.endswith(".jinja"):
             name, text = name.removesuffix(".jinja"), jinja.from_string(text).render(facts)
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+
+
+def client_files(tool: str) -> list[str]:
+    """What `write_client` writes, by paths within the directory."""
+    return [name.removesuffix(".jinja") for name in _texts(tool)]
+
+
+def _texts(tool: str) -> dict[str, str]:
+    ours = files("distill.clients")
+    texts = {name: file.read_text(encoding="utf-8") for name, file in _files(ours / tool)}
+    for shared, imported in SHARED.items():
+        if any(imported in text for text in texts.values()):
+            texts[shared.rpartition("/")[2]] = (ours / shared).read_text(encoding="utf-8")
+    return texts
 
 
 def _files(folder: Traversable, within: str = "") -> Iterator[tuple[str, Traversable]]:

@@ -32,8 +32,8 @@ class BadPicture(ValueError):
 
 @dataclass(frozen=True)
 class Mask:
-    """An answer: boolean (H, W) of the picture, the decoder's own estimate of its IoU, and the low-resolution logits
-    (1, 1, 4h, 4w) that the next call takes as `earlier`."""
+    """An answer: boolean (H, W) of the picture, or of the size that was asked for, the decoder's own estimate of its
+    IoU, and the low-resolution logits (1, 1, 4h, 4w) that the next call takes as `earlier`."""
 
     mask: np.ndarray
     predicted_iou: float
@@ -135,18 +135,24 @@ class Segmenter:
             labels: 1 for each click on the object, 0 beside it.
             box: x0, y0, x1, y1 in pixels of the picture, two opposite corners.
             earlier: `low_res` of an answer that this one corrects.
-            shown: width and height of the mask; default: the picture's. A screen's are made sooner than those of a
-                photograph of 12 megapixels.
+            shown: width and height of the mask; default: the picture's. A mask for a screen is made sooner than one of
+                12 megapixels.
 
         Raises:
-            ValueError: there is neither a point nor a box, or one that is not made of finite numbers; or labels are
-                others, or not as many as points.
+            ValueError: there is neither a point nor a box, or one that is not made of finite numbers; labels are
+                others, or not as many as points; or `shown` has another shape than the picture.
         """
         width, height = shown or size
+        if abs(width * size[1] - height * size[0]) > max(size) or min(width, height) < 1:
+            raise ValueError(
+                f"a mask of {width}×{height} px has another shape than the picture, {size[0]}×{size[1]} px"
+            )
         corners: Sequence[float] | np.ndarray = () if box is None else np.sort(np.reshape(box, (2, 2)), axis=0)
-        coords = np.array([*corners, *points], np.float64).reshape(1, -1, 2)
+        coords = np.array([*corners, *points], np.float64)[None]
         if not coords.size:
             raise ValueError("neither a point nor a box says what to segment")
+        if coords.shape[2:] != (2,):
+            raise ValueError("a point is x, y")
         if not np.isfinite(coords).all():
             raise ValueError("a point or box is not a number")
         if len(labels) != len(points) or not set(labels) <= {0, 1}:

@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from distill.export.subject import Subject
+from distill.export.subject import Subject, saw_scenes_alone, trained_by
 from distill.recipe import Recipe
-from distill.recipe_files import parse_yaml
 from distill.run import chosen_student, read_section
 from embeddings_cache.images import scene_count
 from embeddings_cache.system import sha256
-from students import is_our_student, read_metadata
 
 MEANS = ("student_teacher", "student_truth", "teacher_truth")
 """Whose masks an evaluation compares."""
@@ -22,12 +20,13 @@ def card_of(recipe: Recipe, subject: Subject) -> dict[str, Any]:
         `license`; `learnt`, facts by name; `only_scenes`, whether it has seen no photograph; `evaluation`, None where
         there is none of these weights; `limits`, sentences.
     """
-    only_scenes = bool(scene_count((_recipe_of(recipe).get("data") or {}).get("images")))
+    kept = trained_by(recipe)
+    only_scenes = saw_scenes_alone(kept)
     return {
         "license": subject.license,
-        "learnt": _learnt(recipe),
+        "learnt": _learnt(kept),
         "only_scenes": only_scenes,
-        "evaluation": _summary(masks_evaluation(recipe), recipe),
+        "evaluation": _summary(masks_evaluation(recipe)),
         "limits": _limits(only_scenes, subject.image_size),
     }
 
@@ -39,49 +38,49 @@ def masks_evaluation(recipe: Recipe) -> dict[str, Any] | None:
     return scores if known else None
 
 
-def _summary(scores: dict[str, Any] | None, recipe: Recipe) -> dict[str, Any] | None:
+def _summary(scores: dict[str, Any] | None) -> dict[str, Any] | None:
     if scores is None:
         return None
     means = {prompt: sizes["all"] for prompt, sizes in scores["miou"].items()}
-    data = recipe.evaluate.data
+    data = scores["made_from"]["evaluate"]["data"]
     return {
         "images": scores["images"],
-        "on": f"of `{Path(str(data)).name}`" if data else "held out of training",
+        "on": f"of {_last_names(data)}" if data else "held out of training",
         "masks": max((found["masks"] for found in means.values()), default=0),
         "miou": {prompt: {name: found.get(name) for name in MEANS} for prompt, found in means.items()},
     }
 
 
-def _recipe_of(recipe: Recipe) -> dict[str, Any]:
-    """The recipe that trained the student, which lies in its file."""
-    path = chosen_student(recipe)
-    written = read_metadata(path).get("recipe") if is_our_student(path) else None
-    return parse_yaml(written, str(path)) if written else {}
-
-
-def _learnt(recipe: Recipe) -> dict[str, str]:
-    """What the student learnt from, as far as its file says; of paths and URLs the last name alone."""
-    kept = _recipe_of(recipe)
+def _learnt(kept: dict[str, Any]) -> dict[str, str]:
+    """What the student learnt from, as far as its recipe says."""
     if not kept:
         return {"Training": "nothing is known of it: the checkpoint was published without a recipe"}
-    teacher, train, images = kept["teacher"], kept["train"], kept["data"]["images"]
-    sources = [str(each) for each in (images if isinstance(images, list) else [images])]
-    scenes = scene_count(images)
-    share = "" if kept["data"].get("fraction", 1) == 1 else f", {kept['data']['fraction']:.3g} of them"
-    named = f"{scenes:,} generated scenes" if scenes else ", ".join(f"`{source.rsplit('/')[-1]}`" for source in sources)
+    teacher, student, data, train = (kept.get(part) or {} for part in ("teacher", "student", "data", "train"))
     toy = " (the small stand-in of sam-distill, no SAM that segments photographs)"
+    images, fraction = data.get("images"), data.get("fraction", 1)
+    scenes = scene_count(images)
     phases = train.get("then") or []
-    return {
-        "Teacher": f"`{teacher['name']}`{toy if teacher['name'] == 'toy' else ''}",
-        "Images": f"{named}{share}",
-        "Loss": " + ".join(f"{weight:g} × {name}" for name, weight in train["loss"].items())
-        + (f", and in {len(phases)} more phases as the recipe says" if phases else ""),
-        "Passes over the images": str(train["epochs"] + sum(phase["epochs"] for phase in phases)),
-        "Images a step": str(train["batch_size"]),
-        "ImageNet weights to begin with": {False: "none", True: "timm's"}.get(
-            kept["student"]["pretrained"], "a file's"
-        ),
+    losses = " + ".join(f"{weight:g} × {name}" for name, weight in (train.get("loss") or {}).items())
+    began = {False: "none", None: "none", True: "timm's"}.get(student.get("pretrained"), "a file's")
+    facts = {
+        "Teacher": teacher.get("name") and f"`{teacher['name']}`{toy if teacher['name'] == 'toy' else ''}",
+        "Images": images
+        and (f"{scenes:,} generated scenes" if scenes else _last_names(images))
+        + ("" if fraction == 1 else f", {fraction:.3g} of them"),
+        "Loss": losses and losses + (f", and in {len(phases)} more phases as the recipe says" if phases else ""),
+        "Passes over the images": train.get("epochs")
+        and str(train["epochs"] + sum(phase.get("epochs", 1) for phase in phases)),
+        "Images a step": train.get("batch_size") and str(train["batch_size"]),
+        "ImageNet weights to begin with": student and began,
+        "Student to begin with": student.get("start") and _last_names(student["start"]),
     }
+    return {name: text for name, text in facts.items() if text}
+
+
+def _last_names(sources: Any) -> str:
+    """Of paths and URLs, one or several: where they lie is nobody's business."""
+    each = [str(source).rstrip("/") for source in (sources if isinstance(sources, list) else [sources])]
+    return ", ".join(f"`{source.rsplit('/')[-1]}`" for source in each)
 
 
 def _limits(only_scenes: bool, image_size: int) -> list[str]:

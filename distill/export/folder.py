@@ -36,8 +36,8 @@ TOOLS = (
 
 
 TOLD = ("page", "evaluation")
-"""What an export was made from that changes no file of weights: the settings of `web/`, and what the README says of
-masks."""
+"""What an export was made from that is told, and changes no file of weights: in `web/`, and in the README. The model
+card of `huggingface/` may have been edited since, and stays."""
 
 
 def export(recipe: Recipe, accelerator: Accelerator) -> bool:
@@ -90,6 +90,7 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
     subject = load_subject(recipe)
     if subject.note:
         say(f"export: {subject.note}")
+    card = card_of(recipe, subject)
     kept, left_out = clear(directory, inputs)
     formats, unfitting = fitting_formats(recipe, subject, kept, say)
     left_out |= unfitting
@@ -122,7 +123,7 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
         "teacher": subject.teacher,
         "recipe": subject.recipe,
         "note": subject.note,
-        "card": card_of(recipe, subject),
+        "card": card,
         "versions": installed_versions(TOOLS),
         "files": files,
         "left_out": left_out,
@@ -238,8 +239,7 @@ def clear(directory: Path, inputs: dict[str, Any]) -> tuple[dict[str, dict[str, 
     named = [name for name in there if name == Path(name).name]
     packages = [path.name for path in directory.glob("*.mlpackage")]
     # The third is an earlier version's.
-    beside = [name for name in earlier.get("beside", {}) if name == Path(name).name]
-    for former in ("manifest.json", "README.md", "decoder_cvat.onnx", SWIFT, *ours, *named, *packages, *beside):
+    for former in ("manifest.json", "README.md", "decoder_cvat.onnx", SWIFT, *ours, *named, *packages):
         remove(directory / former)
     return {}, {}
 

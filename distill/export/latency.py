@@ -11,6 +11,7 @@ import onnxruntime
 from distill.export.handover import write_readme
 from distill.export.onnx import open_session
 from embeddings_cache.system import available_cores, cpu_name, read_json, write_json
+from students import InputError
 
 TIMED = ("encoder.onnx", "encoder_int8.onnx", "decoder.onnx")
 """Files for processors: float16 is slower there than float32, and says nothing."""
@@ -61,10 +62,15 @@ def note_latencies(directory: Path, latencies: dict[str, list[dict[str, Any]]]) 
     Args:
         directory: `export/`.
         latencies: by the names of files, of each backend one: as `time_files` has it, and `p10_ms` and `p90_ms`.
+
+    Raises:
+        InputError: an earlier version made it.
     """
     manifest = read_json(directory / "manifest.json")
-    for name, found in latencies.items():
-        manifest["files"][name]["latency"] = found
+    if "card" not in manifest:
+        raise InputError(f"{directory} is an earlier version's: stage=export run_dir={directory.parent} renews it")
+    for name in manifest["files"].keys() & latencies.keys():
+        manifest["files"][name]["latency"] = latencies[name]
     write_readme(directory / "README.md", manifest)
     write_json(directory / "manifest.json", manifest)
     return directory / "README.md"

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from distill.clients import write_client
+from distill.clients import client_files, write_client
 from distill.export.files import digest, remove, size
 from embeddings_cache.system import TEMPORARY, publish
 
@@ -20,10 +20,12 @@ def encoder_of_programs(made: Iterable[str]) -> str | None:
 
 
 def write_programs(directory: Path, made: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Write the programs into an export, each whole or not at all, or none where they would not run; returns what the
-    manifest says of them."""
+    """Write the programs into an export, each whole or not at all, and leave none there where they would not run;
+    returns what the manifest says of them."""
     encoder = encoder_of_programs(made)
     if encoder is None:
+        for name in client_files("programs"):
+            remove(directory / name)
         return {}
     written = {}
     scratch = directory / f"{TEMPORARY}programs"
@@ -33,7 +35,6 @@ def write_programs(directory: Path, made: Iterable[str]) -> dict[str, dict[str, 
         write_client("programs", scratch, {})
         for path in sorted(scratch.iterdir()):
             path.write_text(path.read_text(encoding="utf-8").replace("encoder.onnx", encoder), encoding="utf-8")
-            path.chmod(0o644)
             publish(path, directory / path.name)
             written[path.name] = {"sha256": digest(directory / path.name), "bytes": size(directory / path.name)}
     finally:

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from segment_anything.modeling import Sam
 from torch import nn
 
 from distill.clients.segmenter import FINGERPRINT
 from distill.recipe import Recipe
+from distill.recipe_files import parse_yaml
 from distill.run import chosen_student, other_teacher, published_checkpoint
 from distill.schema import FORMATS
+from embeddings_cache.images import scene_count
 from embeddings_cache.teacher import inspect_teacher, load_teacher, weights_sha256
 from students import (
     InputError,
@@ -32,6 +35,10 @@ NEED_MASKS = (
     "anylabeling", "label_studio", "web", "transformers_js", "huggingface",
 )  # fmt: skip
 """Formats that hold a decoder, or whose proof needs one."""
+
+
+NOT_SAID = "not said; those of the teacher and of the images may bind it"
+"""The licence of a student where nobody has decided on one."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +89,29 @@ class Subject:
         return weights_sha256(self.sam)[:16] if self.sam else None
 
 
-def license_of(recipe: Recipe, published: bool = False) -> str:
+def trained_by(recipe: Recipe) -> dict[str, Any]:
+    """The recipe that trained the chosen student, which lies in its file; nothing where none does."""
+    path = chosen_student(recipe)
+    written = read_metadata(path).get("recipe") if is_our_student(path) else None
+    return parse_yaml(written, str(path)) if written else {}
+
+
+def saw_scenes_alone(kept: dict[str, Any]) -> bool:
+    """Whether a recipe's student has learnt from generated scenes, and began from nothing that has seen photographs."""
+    student = kept.get("student") or {}
+    fresh = not student.get("start") and not student.get("pretrained")
+    return fresh and bool(scene_count((kept.get("data") or {}).get("images")))
+
+
+def license_of(recipe: Recipe) -> str:
     """`export.license`; where nothing is said, what is known of it. The toy teacher and scenes are this project's."""
     if recipe.export.license is not None:
         return recipe.export.license
-    if published:
+    if not is_our_student(chosen_student(recipe)):
         return "that of the checkpoint it was converted from"
-    if recipe.teacher.name == "toy":
-        return "Apache-2.0"
-    return "not said; those of the teacher and of the images may bind it"
+    kept = trained_by(recipe)
+    ours = saw_scenes_alone(kept) and (kept.get("teacher") or {}).get("name") == "toy"
+    return "Apache-2.0" if ours else NOT_SAID
 
 
 def class_name(name: str) -> str:
@@ -174,7 +195,7 @@ def load_subject(recipe: Recipe) -> Subject:
         encoder, decoder = _as_asked(whole, recipe), sam if has_decoder else None
         notes = (left_out(sam), _learnt_otherwise(encoder))
         note = "; ".join(filter(None, notes)) or None
-        return Subject(name, name, None, encoder, whole, decoder, note, asked, license_of(recipe, published=True))
+        return Subject(name, name, None, encoder, whole, decoder, note, asked, license_of(recipe))
     student = load_student(path)
     if is_untrained(path):
         raise InputError(f"{path} was not trained: it holds the weights that training starts from")

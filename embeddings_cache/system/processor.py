@@ -7,8 +7,8 @@ from pathlib import Path
 
 
 def cpu_name() -> str:
-    """The processor's name as the system has it; empty where it has none."""
-    return _by_system() or platform.processor()
+    """The processor's name as the system has it; its kind where it has none."""
+    return _by_system() or platform.processor() or platform.machine()
 
 
 def _by_system() -> str | None:

@@ -106,6 +106,7 @@ def kinds() -> dict[str, bytes]:
     return {
         **found,
         "420.jpg": encoded(image, "JPEG", quality=80, subsampling=2),
+        "422.jpg": encoded(image, "JPEG", quality=80, subsampling=1),
         "444.jpg": encoded(image, "JPEG", quality=80, subsampling=0),
         "progressive.jpg": encoded(image, "JPEG", quality=80, progressive=True),
         "grey.jpg": encoded(image.convert("L"), "JPEG"),

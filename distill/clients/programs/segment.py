@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from PIL import Image
-from segmenter import Mask, Segmenter, resized
+from segmenter import Mask, Segmenter
 
 HERE = Path(__file__).parent
 
@@ -36,7 +36,7 @@ def main() -> None:
         found = answer(asked)
         Image.fromarray(found.mask).convert("L").save(asked.out, format="PNG")
     except Exception as error:  # ONNX Runtime's have no common kind
-        print(f"segment.py: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"segment.py: {(str(error) or type(error).__name__).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     print(f"{asked.out}: {found.mask.sum()} pixels, predicted IoU {found.predicted_iou:.3f}")
 
@@ -62,11 +62,12 @@ def answer(asked: argparse.Namespace) -> Mask:
     for x, y in [*points, *([asked.box[:2], asked.box[2:]] if asked.box else [])]:
         if not (0 <= x <= size[0] and 0 <= y <= size[1]):
             raise ValueError(f"{x:g},{y:g} lies outside of the photo, which has {size[0]}×{size[1]} pixels")
-    shown = resized(size, asked.longest) if asked.longest else None
+    scale = asked.longest / max(size) if asked.longest else 1
+    width, height = (max(1, int(side * scale + 0.5)) for side in size)
     earlier = None
     for count in range(1, len(points)) if asked.refine else ():
         earlier = segmenter.segment(embedding, size, points[:count], labels[:count], asked.box, earlier).low_res
-    return segmenter.segment(embedding, size, points, labels, asked.box, earlier, shown)
+    return segmenter.segment(embedding, size, points, labels, asked.box, earlier, (width, height))
 
 
 def point(text: str) -> list[float]:

@@ -53,7 +53,7 @@ export class Segmenter {
   //   points   [[x, y, label], ...] in pixels of the picture; label 1 on the object, 0 beside it
   //   box      [x0, y0, x1, y1], any two opposite corners
   //   earlier  the answer before, where a prompt adds to that one's
-  //   size     [width, height] that the mask is wanted at: the picture's, or smaller for a display
+  //   size     [width, height] that the mask is wanted at, of the picture's shape; without it the picture's own
   // Returns { mask, width, height, predictedIou, lowRes }: 255 on the object and 0 elsewhere, a byte a pixel; and
   // logits of cells × cells, for which the answer is handed on as `earlier`. Raises an error that people can read.
   async mask(picture, { points, box, earlier, size } = {}) {

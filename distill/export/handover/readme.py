@@ -81,15 +81,20 @@ def _uses(made: dict[str, Any]) -> list[tuple[str, str]]:
         return [name for name in (encoder, decoder) if name in made] if encoder in made else []
 
     faster = made.get("encoder_int8.onnx", {}).get("times_as_fast", 0)
+    apple = list(packages_of(made) or ())
+    smaller = [name for name in made if re.search(r"Encoder_\w+\.mlpackage$", name) and name not in apple]
     uses = [
         ("a processor: ONNX Runtime for Python, Node, C++, C# and others", pair("encoder.onnx")),
-        (f"the same, {faster} times as fast on one core here", pair("encoder_int8.onnx") if faster > 1 else []),
+        (
+            f"a processor, {faster} times as fast on one core of the machine that made it",
+            pair("encoder_int8.onnx") if faster > 1 else [],
+        ),
         ("a GPU: ONNX Runtime with CUDA (`onnxruntime-gpu`)", pair("encoder_fp16.onnx")),
         ("an NVIDIA GPU: TensorRT", pair(*ENGINES)),
         ("a browser, as a page that is ready", [name for name in ("web",) if name in made]),
         ("a browser, as part of a page", pair("encoder.onnx")),
-        ("iPhone, iPad, Mac", list(packages_of(made) or ())),
-        ("the same, a smaller download", [name for name in made if re.search(r"Encoder_\w+\.mlpackage$", name)]),
+        ("iPhone, iPad, Mac", apple),
+        ("iPhone, iPad, Mac, in the encoder's place, for a smaller download", smaller if apple else []),
         ("many prompts on one picture at once", [name for name in ("decoder_batch.onnx",) if name in made]),
     ]
     return [(where, ", ".join(f"`{name}`" for name in names)) for where, names in uses if names]

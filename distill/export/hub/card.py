@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from distill.export.card import card_of, masks_evaluation
-from distill.export.subject import Subject
+from distill.export.subject import NOT_SAID, Subject
 from distill.recipe import Recipe
 from embeddings_cache.system import read_json
 
@@ -56,7 +56,7 @@ def write_card(
         recipe=subject.recipe,
         note=subject.note,
         card=card,
-        hub_license=_front_matter(recipe.export.license),
+        hub_license=_front_matter(subject.license),
         versions=versions,
         picture=PICTURE if picture else None,
         files=[
@@ -80,9 +80,9 @@ def _picture_of(recipe: Recipe) -> Path | None:
     return folder / PICTURE if told.get("miou") == scores["miou"] else None
 
 
-def _front_matter(license: str | None) -> str:
+def _front_matter(license: str) -> str:
     """What the hub reads of a licence: one that it knows by its identifier, another by a name."""
-    if license is None:
+    if license == NOT_SAID:
         return f"license: other\n{UNSAID}"
     known = license.lower()
     return f"license: {known}" if known in HUB_LICENSES else f"license: other\nlicense_name: {json.dumps(license)}"

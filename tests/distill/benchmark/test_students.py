@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -147,8 +148,10 @@ def test_fidelity_comes_from_the_evaluation_of_these_very_weights(folder: Path) 
     assert facts(contender)["miou_box"] is None
 
 
-def test_a_runs_exported_encoders_are_measured_and_described_with_it(finished_run: Path, tmp_path: Path) -> None:
-    """In the place of what the export measured in short."""
+def test_a_runs_exported_encoders_are_measured_and_described_with_it(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the place of what the export measured in short; an earlier version's folder is left alone."""
     run = tmp_path / "run"
     shutil.copytree(finished_run / "run" / "export", run / "export")
     few = ["backends=onnxruntime", "rounds=1", "turn_seconds=0.05", "threads=1", f"out={tmp_path / 'b.json'}"]
@@ -160,8 +163,17 @@ def test_a_runs_exported_encoders_are_measured_and_described_with_it(finished_ru
     assert (latency["ms"], latency["threads"]) == (row["median_ms"], 1)
     assert latency["runs"] == sum(map(len, row["samples_ms"]))
     readme = (run / "export" / "README.md").read_text()
-    assert f"| `encoder.onnx` | onnxruntime, 1 thread | {row['median_ms']} | benchmark.py students" in readme
+    assert re.search(
+        rf"^\| `encoder.onnx` \| {row['median_ms']} \(.*\) \| onnxruntime, 1 thread \|", readme, re.MULTILINE
+    )
     assert "stage=export` takes" not in readme
+
+    manifest = json.loads((run / "export" / "manifest.json").read_text())
+    del manifest["card"]
+    (run / "export" / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["students", str(run), f"{run}/export/encoder.onnx", "--quick", *few]) == 2
+    assert "is an earlier version's: stage=export run_dir=" in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "b.json").read_text())["students"]["rows"]) == 2
 
 
 def test_what_is_written_for_people(folder: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from distill.export import folder, makers, proof, subject
+from distill.export import card, folder, makers, proof, subject
 from distill.export.encoder import pad_with_mean_colour
 from distill.export.files import digest
 from distill.export.folder import export
@@ -91,7 +91,7 @@ def test_any_student_can_be_exported_without_its_cache(
 def test_the_files_and_what_is_said_of_them_name_the_licence(
     finished_run: Path, tmp_path: Path, accelerator: Accelerator
 ) -> None:
-    """Without a word of it, what the toy and its scenes are under."""
+    """Without a word of it, that it was not said: the shared run's scenes came out of a tar, as photographs do."""
 
     def said(directory: Path) -> list[str]:
         model = onnx.load(directory / "encoder.onnx")
@@ -99,7 +99,7 @@ def test_the_files_and_what_is_said_of_them_name_the_licence(
         (line,) = re.findall(r"^- Licence: (.+)$", (directory / "README.md").read_text(), re.MULTILINE)
         return [licence, line, json.loads((directory / "manifest.json").read_text())["card"]["license"]]
 
-    assert said(finished_run / "run" / "export") == ["Apache-2.0"] * 3
+    assert said(finished_run / "run" / "export") == [subject.NOT_SAID] * 3
     checkpoint = finished_run / "run" / "student.safetensors"
     export(export_recipe(tmp_path, checkpoint, "export.license=CC-BY-NC-4.0", "export.images=1"), accelerator)
     assert said(tmp_path / "run" / "export") == ["CC-BY-NC-4.0"] * 3
@@ -138,6 +138,26 @@ def test_a_new_evaluation_is_told_and_no_file_made_again(
     write_json(run / "evaluation.json", evaluation)
     assert export(recipe, accelerator)
     assert "It has not been evaluated" in readme.read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("teacher: {name: toy}\ndata: {images: 'scenes:8'}", "Apache-2.0"),
+        ("teacher: {name: toy}\ndata: {images: photos}", subject.NOT_SAID),
+        ("teacher: {name: vit_h}\ndata: {images: 'scenes:8'}", subject.NOT_SAID),
+        ("teacher: {name: toy}\ndata: {images: 'scenes:8'}\nstudent: {start: mobile_sam.pt}", subject.NOT_SAID),
+        ("teacher: {name: toy}\ndata: {images: 'scenes:8'}\nstudent: {pretrained: auto}", subject.NOT_SAID),
+        ("name: x", subject.NOT_SAID),
+    ],
+)
+def test_a_licence_is_known_only_of_what_is_all_our_own(recipe: str, expected: str, tmp_path: Path) -> None:
+    """By the recipe that trained the student, not by that of the command."""
+    save_student(tmp_path / "s.safetensors", small_student(), {"recipe": recipe})
+    asked = load_recipe(["recipe=quickstart", f"checkpoint={tmp_path / 's.safetensors'}"])
+    assert subject.license_of(asked) == expected
+    described = card.card_of(asked, subject.Subject("x", "toy", "x", *[small_student()] * 2, None, None))
+    assert ("photographs" in described["limits"][0]) == (expected == "Apache-2.0" or "vit_h" in recipe)
 
 
 @pytest.mark.slow

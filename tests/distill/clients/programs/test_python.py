@@ -1,6 +1,7 @@
 """`segment.py` and `segmenter.py`, as they lie in an export: `SamPredictor` says what they have to come to."""
 
 import re
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -96,6 +97,8 @@ def test_what_no_mask_can_be_made_of_is_refused(export: Path, tmp_path: Path) ->
         ({"points": [(1, float("nan"))], "labels": [1]}, "is not a number"),
         ({"box": (1, 2, float("inf"), 4)}, "is not a number"),
         ({"points": [(1, 2), (3, 4)], "labels": [1]}, "each of 2 points has a label"),
+        ({"points": [(1, 2, 1), (3, 4, 0)], "labels": [1, 0]}, "a point is x, y"),
+        ({"points": [(1, 2)], "labels": [1], "shown": (60, 80)}, "has another shape than the picture"),
         ({"points": [(1, 2)], "labels": [2]}, "1 on the object or 0 beside it, not "),
     ):
         with pytest.raises(ValueError, match=re.escape(reason)):
@@ -119,8 +122,9 @@ def test_what_no_mask_can_be_made_of_is_refused(export: Path, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_what_the_readme_says_works_as_it_stands(export: Path, predictor: SamPredictor) -> None:
+def test_what_the_readme_says_works_as_it_stands(export: Path, predictor: SamPredictor, tmp_path: Path) -> None:
     """Its commands and its code, on a picture that has all the places that these name."""
+    export = shutil.copytree(export, tmp_path / "export")
     Image.fromarray(picture(420, 600)).save(export / "photo.jpg", quality=95)
     predictor.set_image(decode_image((export / "photo.jpg").read_bytes()))
     readme = (export / "README.md").read_text()

@@ -124,7 +124,8 @@ def test_programs_lie_only_beside_what_they_run(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == written.keys() >= {"segmenter.py", "resize.mjs"}
     for name, entry in written.items():
         assert entry["sha256"] == digest(tmp_path / name)
-        assert (tmp_path / name).stat().st_mode & 0o777 == 0o644
+    assert write_programs(tmp_path, ["encoder.onnx"]) == {}  # the decoder is gone
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_readme_explains_only_what_was_exported(finished_run: Path, tmp_path: Path) -> None:
@@ -137,11 +138,17 @@ def test_the_readme_explains_only_what_was_exported(finished_run: Path, tmp_path
     )
     image, runtimes = "How an image goes in", "Which runtimes"
     assert of("onnx") == [*first, "How fast", image, runtimes, "TensorRT", last]
-    assert of("coreml_8bit") == [*first, "How fast", image, last]
+    assert of("coreml_8bit") == [first[0], first[2], "How fast", image, last]
     assert of("coreml") == [*first, "How fast", image, "Which mask", "Swift", last]
     programs = ["Which mask", "Masks for a screen, and odd prompts", "Python", "JavaScript", runtimes, "TensorRT"]
     assert of("onnx", "onnx_decoder") == [*first, "How fast", image, *programs, last]
     assert "Other programs" in of("onnx", "label_studio")
+    uses = rendered(manifest_of(finished_run, ("coreml", "coreml_6bit", "onnx_decoder")), tmp_path)
+    section = uses.split("## Which file for what\n")[1].split("\n## ")[0]
+    assert re.findall(r"^\| (\w+).* \| (.+) \|$", section, re.MULTILINE)[1:] == [
+        ("iPhone", "`Encoder.mlpackage`, `Decoder.mlpackage`"),
+        ("iPhone", "`Encoder_6bit.mlpackage`"),
+    ]
     assert "ONNX" not in rendered(manifest_of(finished_run, ("coreml",)), tmp_path)
 
 
