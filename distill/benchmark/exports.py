@@ -4,11 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.export.latency import note_latencies
+from distill.schema import FORMATS
 from embeddings_cache.system import read_json, sole_user
 from students import InputError
-
-ENGINES = ("encoder_trt.onnx",)
-"""Encoders for a runtime that no backend here has."""
 
 
 def is_run(name: str) -> bool:
@@ -25,7 +23,8 @@ def exported_encoders(run: str) -> list[str]:
     directory = Path(run) / "export"
     manifest = directory / "manifest.json"
     names = read_json(manifest)["files"] if manifest.exists() else {}
-    encoders = [name for name in names if "ncoder" in name and Path(name).suffix and name not in ENGINES]
+    for_tensorrt = FORMATS["onnx_trt"]  # which no backend here is
+    encoders = [name for name in names if "encoder" in name.lower() and Path(name).suffix and name not in for_tensorrt]
     found = [str(directory / name) for name in encoders if (directory / name).exists()]
     if not found:
         raise InputError(f"{run} has no exported encoder: python distill.py stage=export run_dir={run}")

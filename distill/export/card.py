@@ -38,6 +38,11 @@ def masks_evaluation(recipe: Recipe) -> dict[str, Any] | None:
     return scores if known else None
 
 
+def iou(mean: float | None) -> str:
+    """As cards show it."""
+    return "–" if mean is None else f"{mean:.3f}"
+
+
 def _summary(scores: dict[str, Any] | None) -> dict[str, Any] | None:
     if scores is None:
         return None
@@ -61,7 +66,9 @@ def _learnt(kept: dict[str, Any]) -> dict[str, str]:
     scenes = scene_count(images)
     phases = train.get("then") or []
     losses = " + ".join(f"{weight:g} × {name}" for name, weight in (train.get("loss") or {}).items())
-    began = {False: "none", None: "none", True: "timm's"}.get(student.get("pretrained"), "a file's")
+    began = {False: "none", None: "none", True: "timm's", "auto": "timm's, if they were to be had"}.get(
+        student.get("pretrained"), "a file's"
+    )
     facts = {
         "Teacher": teacher.get("name") and f"`{teacher['name']}`{toy if teacher['name'] == 'toy' else ''}",
         "Images": images

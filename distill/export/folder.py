@@ -85,8 +85,11 @@ def export_inputs(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Make, prove and describe every file that is not there, one after the other."""
+def write_export(
+    recipe: Recipe, directory: Path, inputs: dict[str, Any], say: Callable[[str], None], timed: bool = True
+) -> None:
+    """Make, prove and describe every file that is not there, one after the other; `timed`: and say how long they take
+    here."""
     subject = load_subject(recipe)
     if subject.note:
         say(f"export: {subject.note}")
@@ -109,7 +112,8 @@ def write_export(recipe: Recipe, directory: Path, inputs: dict[str, Any], say: C
         making = {directory / called[name]: functions[name] for name in wanted}
         files, failures, refused = make_files(making, dispensable, say)
     files = {name: entry for name, entry in {**kept, **files}.items() if (directory / name).exists()}
-    time_files(directory, files)
+    if timed:
+        time_files(directory, files)
     left_out = {name: reason for name, reason in {**left_out, **refused}.items() if name not in files}
     manifest: dict[str, Any] = {
         "student": {

@@ -3,6 +3,7 @@
 import json
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,12 +15,14 @@ from torch.nn.functional import mse_loss
 from distill.export.encoder import RgbEncoder
 from distill.export.onnx import encoder_model
 from distill.export.proof import Reference
+from distill.recipe import Recipe, load_recipe
 from distill.schema import NEWEST_OPSET
 from embeddings_cache.images.preprocessing import pad_pixels, resize_longest_side, to_encoder_input
 from embeddings_cache.images.scenes import generate_scene, sa1b_annotation
 from embeddings_cache.shards.codec import CacheRow, encode_pixels
 from embeddings_cache.teacher.loading import load_teacher
 from students import StudentEncoder, create_student
+from support import TINY, places
 
 SIZE = 128
 SMALL = {
@@ -83,3 +86,8 @@ def reference(encoder: nn.Module, images: int = 2) -> Reference:
     found = Reference(encoder, toy(encoder.img_size), [scene_row(seed, encoder.img_size) for seed in range(images)])
     assert np.mean([mask.any() for masks in found.masks for mask in masks]) > 0.5, "masks that prove nothing"
     return found
+
+
+def export_recipe(directory: Path, checkpoint: Path, *arguments: str) -> Recipe:
+    """Of a checkpoint, with results and cache below a directory."""
+    return load_recipe([*TINY, *places(directory, "gone.tar"), "stage=export", f"checkpoint={checkpoint}", *arguments])

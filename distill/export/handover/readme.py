@@ -8,9 +8,11 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from distill.export.card import iou
 from distill.export.coreml import MAX_POINTS, PADDING_COLOUR
 from distill.export.programs import encoder_of_programs
 from distill.export.swift import packages_of
+from distill.schema import FORMATS
 from embeddings_cache.system import whole_file
 
 CLIENTS = {
@@ -24,7 +26,7 @@ CLIENTS = {
 """Folders among the files, and whom they are for."""
 
 
-ENGINES = ("encoder_trt.onnx", "decoder_trt.onnx")
+ENGINES = FORMATS["onnx_trt"]
 """Files for TensorRT."""
 
 WHOLE_DECODERS = ("decoder.onnx", "decoder_multimask.onnx")
@@ -37,8 +39,7 @@ def write_readme(path: Path, manifest: dict[str, Any]) -> None:
     files = made | {f"{folder}/{name}": file for folder in made for name, file in made[folder].get("files", {}).items()}
     encoders = [name for name in made if name.startswith("encoder")]
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    jinja.filters["code"] = "`{}`".format
-    jinja.filters["iou"] = lambda value: "–" if value is None else f"{value:.3f}"
+    jinja.filters |= {"code": "`{}`".format, "iou": iou}
     text = jinja.from_string(_resource("README.md.jinja")).render(
         manifest={"failures": [], "left_out": {}, "beside": {}, **manifest},
         card=manifest.get("card"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from distill.export.card import card_of, masks_evaluation
+from distill.export.card import card_of, iou, masks_evaluation
 from distill.export.subject import NOT_SAID, Subject
 from distill.recipe import Recipe
 from embeddings_cache.system import read_json
@@ -44,7 +44,7 @@ def write_card(
     if picture is not None:
         shutil.copyfile(picture, folder / PICTURE)
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    jinja.filters |= {"iou": lambda value: "–" if value is None else f"{value:.3f}", "bytes": _readable}
+    jinja.filters |= {"iou": iou, "bytes": _readable}
     template = (files("distill.export.hub") / "card.md.jinja").read_text(encoding="utf-8")
     text = jinja.from_string(
         template
