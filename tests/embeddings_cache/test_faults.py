@@ -123,7 +123,7 @@ def test_preemption_keeps_every_finished_row(
     wait_for_shards(tmp_path, 2, process)
     assert len(children(process.pid)) == workers
     os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=60)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
     assert process.returncode == 128 + number

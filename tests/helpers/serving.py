@@ -143,7 +143,7 @@ def running(
         port = listener.getsockname()[1]
         thread.start()
         try:
-            assert opened.wait(30)
+            assert opened.wait(60)
             yield Client(port, service)
         finally:
             server.should_exit = True

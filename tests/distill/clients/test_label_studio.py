@@ -584,7 +584,7 @@ def test_requests_that_make_no_sense_are_answered_with_the_reason(running: Proce
         b"POST /predict HTTP/1.1\r\nContent-Length: 90\r\n\r\n{",
         b"BREW / HTTP/1.1\r\n\r\n",
     ):
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
             connection.sendall(raw)
     off_the_picture = Clicks([(-5, 130)], [True]).regions((128, 128))
     assert running.predict(data, off_the_picture)[0] == 200
@@ -639,7 +639,7 @@ def test_it_ends_when_told_to_and_answers_what_it_was_asked_before(folder: Path)
         asking.start()
         time.sleep(0.2)
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(30) == 0
+        assert running.process.wait(60) == 0
         asking.join()
         idle.close()
         assert answers[0][0] == 200

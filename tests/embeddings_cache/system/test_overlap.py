@@ -40,7 +40,7 @@ def test_work_goes_on_while_the_caller_is_busy() -> None:
 
     for n in iterate_ahead(items(), ahead=2):
         if n < 3:
-            assert begun[n + 1].wait(10)
+            assert begun[n + 1].wait(60)
 
 
 def failing() -> Iterator[int]:
