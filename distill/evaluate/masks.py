@@ -7,7 +7,8 @@ for a box the single mask is. Images without annotations are prompted with a gri
 compared with the teacher alone. `evaluate.clicks=5` adds what each comes to when it is corrected, click by click.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -47,12 +48,20 @@ from embeddings_cache.images import (
 )
 from embeddings_cache.precompute import THREADS
 from embeddings_cache.shards import CacheIdentity, CacheRow, read_info, refuse_other_cache
-from embeddings_cache.system import Workers, progress_bar, sha256
+from embeddings_cache.system import (
+    Workers,
+    available_cores,
+    map_ahead,
+    processes_here,
+    progress_bar,
+    sha256,
+)
 from embeddings_cache.teacher import TeacherEncoder, weights_sha256
 from students import InputError, first_line, load_student
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
 """Area in pixels of the original image; COCO's ranges (pycocotools.cocoeval.Params)."""
+MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,16 @@ class Score:
     teacher_truth: float | None
 
 
+@dataclass(frozen=True)
+class Compared:
+    """An image: its embedding's error, MSE and cosine, and a score a prompt; or why it could not be prompted."""
+
+    key: str
+    error: tuple[float, float] = (math.nan, math.nan)
+    scores: Sequence[Score] = ()
+    trouble: str | None = None
+
+
 def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> bool:
     """Write the section `masks` of `evaluation.json` for the chosen student; returns False where it was there.
 
@@ -103,20 +122,19 @@ def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> bool:
         noted.append({"key": key, "reason": reason})
 
     account = Account(skip, note)
-    rows = evaluation_rows(recipe, teacher, account, accelerator.process_index, accelerator.num_processes)
-    with progress_bar(accelerator, "evaluate", "images") as progress:
-        for row in rows:
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    with (
+        closing(evaluation_rows(recipe, teacher, account, rank, ranks)) as rows,
+        closing(compare_rows(rows, recipe.evaluate, teacher, student_sam)) as compared,
+        progress_bar(accelerator, "evaluate", "images") as progress,
+    ):
+        for found in compared:
             progress.update()
-            try:
-                prompts = make_prompts(row, recipe.evaluate)
-            except InputError as error:
-                skip(row.key, str(error))
+            if found.trouble is not None:
+                skip(found.key, found.trouble)
                 continue
-            embeddings = embed_both(row, student_sam)
-            mse, cosine = embedding_errors(*embeddings)
-            errors.append((mse.item(), cosine.item()))
-            scores += score_image(row, teacher, *embeddings, prompts)
-            scores += score_clicks(row, teacher, *embeddings, prompts, recipe.evaluate.clicks)
+            errors.append(found.error)
+            scores += found.scores
     scores, errors = gather_object(scores), gather_object(errors)
     skipped, noted = gather_object(skipped), gather_object(noted)
     if not errors:
@@ -126,6 +144,45 @@ def evaluate_masks(recipe: Recipe, accelerator: Accelerator) -> bool:
         write_section(result, "masks", {**content, "skipped": skipped, "noted": noted, "made_from": inputs})
     accelerator.wait_for_everyone()
     return True
+
+
+def compare_rows(
+    rows: Iterable[CacheRow], settings: EvaluateRecipe, teacher: Sam, student_sam: Sam
+) -> Generator[Compared, None, None]:
+    """What each image comes to, in order; prompts of those that follow are made meanwhile.
+
+    Args:
+        teacher: whose decoder makes the masks of both; rows have its embeddings.
+        student_sam: from `load_sams`.
+    """
+
+    def prompted(row: CacheRow) -> tuple[CacheRow, Prompts | InputError]:
+        try:
+            return row, make_prompts(row, settings)
+        except InputError as error:
+            return row, error
+
+    threads = prompt_threads(teacher.device)
+    with closing(map_ahead(prompted, rows, threads, ahead=threads)) as ready:
+        for row, prompts in ready:
+            if isinstance(prompts, InputError):
+                yield Compared(row.key, trouble=str(prompts))
+                continue
+            embeddings = embed_both(row, student_sam)
+            mse, cosine = embedding_errors(*embeddings)
+            scores = [
+                *score_image(row, teacher, *embeddings, prompts),
+                *score_clicks(row, teacher, *embeddings, prompts, settings.clicks),
+            ]
+            yield Compared(row.key, (mse.item(), cosine.item()), scores)
+
+
+def prompt_threads(device: torch.device) -> int:
+    """Threads that make prompts of the images to come: beside a GPU they would be the slower part. Each holds the masks
+    of an image at its own size, for 64 of a photograph of SA-1B 216 MB."""
+    if device.type == "cpu":
+        return 1
+    return max(1, min(MOST_THREADS, available_cores() // processes_here() - 1))
 
 
 def evaluation_inputs(recipe: Recipe) -> dict[str, Any]:
@@ -159,7 +216,7 @@ def evaluation_rows(
     rank: int = 0,
     ranks: int = 1,
     wanted: Callable[[str], bool] = lambda key: True,
-) -> Iterator[CacheRow]:
+) -> Generator[CacheRow, None, None]:
     """This process's images with the teacher's embeddings: the cache's held-out ones, or those of `evaluate.data`.
 
     Raises:

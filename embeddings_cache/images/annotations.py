@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from scipy.ndimage import distance_transform_edt
 
+from embeddings_cache.images.depth import deepest_pixel
 from embeddings_cache.images.polygons import labelme_masks
 from embeddings_cache.images.rle import check_rle, decode_rle
 
@@ -82,8 +82,7 @@ def center_point(mask: np.ndarray) -> tuple[float, float]:
     SAM's evaluation clicks there first (arXiv:2304.02643, section 7.1 and appendix D.1).
     """
     left, top, right, bottom = (int(side) for side in bounding_box(mask))
-    depth = distance_transform_edt(np.pad(mask[top:bottom, left:right], 1))[1:-1, 1:-1]
-    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    y, x = deepest_pixel(mask[top:bottom, left:right])
     return float(left + x), float(top + y)
 
 

@@ -20,7 +20,7 @@ def decode_rle(segmentation: Any) -> np.ndarray:
     height, width = check_rle(segmentation)
     if isinstance(segmentation["counts"], list):
         segmentation = coco_mask.frPyObjects(segmentation, height, width)
-    return coco_mask.decode(segmentation).astype(bool)
+    return coco_mask.decode(segmentation).view(bool)
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
