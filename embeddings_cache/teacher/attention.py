@@ -9,6 +9,8 @@ segment-anything adds the two position terms to a full matrix of scores: 805 MB 
 import torch
 import torch.nn.functional as F
 
+FEW_TOKENS = 256
+"""A window of SAM's has 196, the whole grid 4,096 at 1024 px."""
 SCORES_AT_A_TIME = 1 << 24
 """On a CPU: 64 MB in float32. Fewer, and its kernel has too few queries to share out."""
 
@@ -26,7 +28,19 @@ def attention(
     Returns:
         (n, heads, h·w, d).
     """
-    return (sliced_attention if query.device.type == "cpu" else folded_attention)(query, key, value, by_row, by_column)
+    if query.device.type == "cpu":
+        way = sliced_attention
+    else:
+        way = masked_attention if query.shape[2] <= FEW_TOKENS else folded_attention
+    return way(query, key, value, by_row, by_column)
+
+
+def masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, by_row: torch.Tensor, by_column: torch.Tensor
+) -> torch.Tensor:
+    """With the position terms as the mask: of few tokens it is small, and nothing is copied into longer vectors."""
+    mask = (by_row.unsqueeze(-1) + by_column.unsqueeze(-2)).flatten(4).flatten(2, 3)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
 
 def folded_attention(

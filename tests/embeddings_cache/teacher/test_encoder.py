@@ -49,10 +49,10 @@ def test_it_computes_what_segment_anything_computes(options: dict) -> None:
     assert expected.std() > 0.5
 
 
-@pytest.mark.parametrize("way", [attention.folded_attention, attention.sliced_attention])
+@pytest.mark.parametrize("way", [attention.folded_attention, attention.masked_attention, attention.sliced_attention])
 @pytest.mark.parametrize("scores", [1, 3 * 6 * 4 * 9 * 4 * 9, 1 << 24])
 @torch.no_grad()
-def test_both_ways_are_the_attention_with_a_full_matrix(
+def test_every_way_is_the_attention_with_a_full_matrix(
     way: Callable[..., torch.Tensor], scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in slices of one row, and of three windows, which do not divide the seven."""
