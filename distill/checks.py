@@ -10,6 +10,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from omegaconf import OmegaConf
 
 from distill.schema import (
+    AUTO,
     BACKENDS,
     BATCH_NORMS,
     BOX_MASKS,
@@ -41,7 +42,7 @@ CHOICES: dict[str, Callable[[], Sequence[str | None]]] = {
     "teacher.dtype": lambda: TEACHER_DTYPES,
     "data.sixteen_bit": lambda: SIXTEEN_BIT,
     "cache.dtype": lambda: DTYPES,
-    "train.mixed_precision": lambda: ("no", "bf16", "fp16"),
+    "train.mixed_precision": lambda: (AUTO, "no", "bf16", "fp16"),
     "train.batch_norm": lambda: BATCH_NORMS,
     "train.mask_targets": lambda: MASK_TARGETS,
     "evaluate.task": lambda: TASKS,

@@ -5,9 +5,13 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import parse_flag_from_env
 
 from distill.recipe import Recipe
+from distill.run import begun_recipe
+from distill.schema import AUTO
 from embeddings_cache.system import available_cores, processes_here
+from embeddings_cache.teacher import resolve_dtype
 from students import InputError
 
 ENGINES = {
@@ -31,12 +35,13 @@ def refuse_engines() -> None:
 
 
 def create_accelerator(recipe: Recipe) -> Accelerator:
-    """This process's part of the launch.
+    """This process's part of the launch; `settle_precision` is done.
 
     Raises:
         InputError: the devices cannot do what the recipe's training asks for.
     """
     trains = recipe.stage in ("all", "train")
+    settle_precision(recipe, trains)
     precision = recipe.train.mixed_precision if trains else "no"
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -54,6 +59,19 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
     if launched not in ("no", precision) and trains:
         accelerator.print(f"train.mixed_precision={precision} is the recipe's; the launcher's {launched} is not used")
     return accelerator
+
+
+def settle_precision(recipe: Recipe, trains: bool) -> None:
+    """Put what `train.mixed_precision=auto` comes to into the recipe: what its run began with, or else, if this command
+    trains, bf16 on a GPU that has it and no elsewhere."""
+    if recipe.train.mixed_precision != AUTO:
+        return
+    if begun := begun_recipe(recipe):
+        recipe.train.mixed_precision = begun.train.mixed_precision
+    elif trains:
+        on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+        dtype = resolve_dtype(AUTO, torch.device("cuda" if on_gpu else "cpu"))
+        recipe.train.mixed_precision = "bf16" if dtype == "bfloat16" else "no"
 
 
 def use_all_cores(accelerator: Accelerator) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from segment_anything.modeling import Sam
 
-from distill.recipe import Recipe, differences, to_yaml
+from distill.recipe import Recipe, differences, saved_recipe, to_yaml
 from distill.schema import TASKS, TEACHER
 from embeddings_cache.images import fingerprint
 from embeddings_cache.shards import CacheIdentity, EmbeddingsCache, identity_of, images_name, refuse_other_cache
@@ -53,6 +53,16 @@ def bind_cache(recipe: Recipe, identity: CacheIdentity) -> None:
 def has_begun(recipe: Recipe) -> bool:
     """Whether the run directory holds a student, finished or not."""
     return trained_student(recipe).exists() or checkpoints_of(recipe).exists()
+
+
+def begun_recipe(recipe: Recipe) -> Recipe | None:
+    """What the run directory's student, finished or not, is trained by; None where there is none.
+
+    Raises:
+        InputError: the saved recipe is damaged, or of a version with other keys.
+    """
+    saved = Path(recipe.run_dir) / "recipe.yaml"
+    return saved_recipe(saved) if saved.exists() and has_begun(recipe) else None
 
 
 def checkpoints_of(recipe: Recipe) -> Path:

@@ -99,6 +99,9 @@ PATHS = (
 FETCHED = ("checkpoint", "teacher.checkpoint", "student.pretrained", "student.start")
 """Keys that name checkpoints, which may be addresses on the hub."""
 
+AUTO = "auto"
+"""Where a key takes it: what suits the machine."""
+
 SHAPES_THE_STUDENT = (
     "seed", "image_size", "student", "teacher.name", "data.images", "data.annotations", "data.sixteen_bit",
     "data.fraction", "data.val_images", "cache.dtype",
@@ -197,7 +200,7 @@ class TrainRecipe:
     mask_targets: str = "soft"  # the teacher's masks: soft, its probabilities; binary, more than ½ or not
     ema: float = 0.0  # average the weights exponentially with this decay (0.999, say), and use those; 0: no
     batch_norm: str = "local"  # statistics of each process's batch; sync: of the whole batch (GPUs); frozen: none
-    mixed_precision: str = "no"  # no, bf16 or fp16
+    mixed_precision: str = "auto"  # no, bf16, fp16; auto: bf16 on a GPU that has it, else no, and as the run began
     channels_last: bool = True  # memory format of the convolutions; on a CPU 1.35 to 1.4 times as fast
     compile: bool = False  # torch.compile the student: a minute or more at the start, faster from then on
     workers: int | None = None  # processes that read the cache, for each training process; default: 4, on a CPU none

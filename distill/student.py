@@ -1,15 +1,15 @@
 """The recipe's student: what it is, and which weights it begins with."""
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from distill.recipe import Recipe, saved_recipe
-from distill.run import checkpoints_of, finished_checkpoints, has_begun
+from distill.recipe import Recipe
+from distill.run import begun_recipe, checkpoints_of, finished_checkpoints
+from distill.schema import AUTO
 from students import (
     InputError,
     StudentConfig,
@@ -21,8 +21,6 @@ from students import (
     shapes_of,
     student_config_of,
 )
-
-AUTO = "auto"
 
 
 def student_config(recipe: Recipe, channels: int = 256) -> StudentConfig:
@@ -94,9 +92,8 @@ def settle_pretrained(recipe: Recipe, accelerator: Accelerator, trains: bool) ->
         return
     settled: Any = AUTO
     if accelerator.is_main_process:
-        saved = Path(recipe.run_dir) / "recipe.yaml"
-        if saved.exists() and has_begun(recipe):
-            settled = saved_recipe(saved).student.pretrained
+        if begun := begun_recipe(recipe):
+            settled = begun.student.pretrained
         elif trains:
             settled = _can_be_had(recipe, accelerator)
     recipe.student.pretrained = gather_object([settled])[0]

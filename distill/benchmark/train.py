@@ -21,7 +21,7 @@ from distill.losses import Objective
 from distill.recipe import Recipe
 from distill.schema import CacheRecipe, StudentRecipe, TrainRecipe
 from distill.student import student_config
-from distill.train import learn, parameter_groups, to_training
+from distill.train import learn, make_optimizer, to_training
 from distill.training.batches import Batch, CachedImages, TimedBatches, TrainingOrder, make_loader
 from distill.training.plan import Plan
 from distill.training.rows import Group
@@ -196,8 +196,8 @@ class Learner:
             self.student.compile()
         to_training(self.student, "local")
         self.accelerator = Accelerator(cpu=device.type == "cpu")
-        groups = parameter_groups(self.student, self.recipe.train.weight_decay)
-        self.optimizer = self.accelerator.prepare_optimizer(torch.optim.AdamW(groups, lr=1e-4))
+        optimizer = make_optimizer(self.student, self.recipe.train, device)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.objective = Objective(settings.image_size)
 
     def __call__(self, batch: Batch) -> None:
