@@ -14,7 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.benchmark.cache import CacheBenchmark, benchmark_cache
 from distill.benchmark.compare import compare, machines_differ
 from distill.benchmark.contenders import SUFFIXES
+from distill.benchmark.evaluate import EvaluateBenchmark, benchmark_evaluate
 from distill.benchmark.exports import hand_over
+from distill.benchmark.gpu import GpuBenchmark, benchmark_gpu
 from distill.benchmark.pipeline import PipelineBenchmark, benchmark_pipeline
 from distill.benchmark.plot import draw_students
 from distill.benchmark.serve import ServeBenchmark, benchmark_serve
@@ -51,6 +53,8 @@ KINDS: dict[str, tuple[Any, Callable[[Any], dict[str, Any]], str]] = {
     "teacher": (TeacherBenchmark, benchmark_teacher, "the teacher's encoder against segment-anything's own"),
     "train": (TrainBenchmark, benchmark_train, "a training step: precisions, memory formats, reading the cache"),
     "pipeline": (PipelineBenchmark, benchmark_pipeline, "photographs from JPEG to shard, by number of workers"),
+    "evaluate": (EvaluateBenchmark, benchmark_evaluate, "photographs with many masks, as stage=evaluate takes them"),
+    "gpu": (GpuBenchmark, benchmark_gpu, "teacher, pipeline, training and evaluation on a GPU, in one run"),
     "cache": (CacheBenchmark, benchmark_cache, "reading embeddings against np.memmap, and opening a large cache"),
     "serve": (ServeBenchmark, benchmark_serve, "a server under load: clicks of many clients, each mask compared"),
 }
