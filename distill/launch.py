@@ -5,7 +5,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 
 from distill.recipe import Recipe
 from distill.run import begun_recipe
@@ -35,14 +35,15 @@ def refuse_engines() -> None:
 
 
 def create_accelerator(recipe: Recipe) -> Accelerator:
-    """This process's part of the launch; `settle_precision` is done.
+    """This process's part of the launch; settles `train.mixed_precision=auto` in the recipe.
 
     Raises:
         InputError: the devices cannot do what the recipe's training asks for.
     """
     trains = recipe.stage in ("all", "train")
     settle_precision(recipe, trains)
-    precision = recipe.train.mixed_precision if trains else "no"
+    # A student that lies there and was trained by nothing that is known has nothing to go on with.
+    precision = recipe.train.mixed_precision if trains and recipe.train.mixed_precision != AUTO else "no"
     accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=recipe.train.accumulate,
@@ -51,6 +52,8 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
         # One process may wait for another's share of the teacher pass for hours; the default gives up after minutes.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
     )
+    if trains and len(set(gather_object([precision]))) > 1:
+        raise InputError("train.mixed_precision=auto: not all GPUs of this launch have bfloat16; say no or fp16")
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("train.mixed_precision=fp16 needs a GPU; on a CPU take bf16 or no")
     if recipe.train.batch_norm == "sync" and accelerator.num_processes > 1 and accelerator.device.type == "cpu":

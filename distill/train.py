@@ -5,7 +5,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 from statistics import fmean
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -282,9 +282,16 @@ def prefer_determinism(accelerator: Accelerator) -> None:
 
 
 def make_optimizer(student: nn.Module, settings: TrainRecipe, device: torch.device) -> torch.optim.AdamW:
-    """AdamW, of which on a GPU one kernel takes the step of all weights."""
+    """AdamW, of which on a GPU one kernel takes the step of all weights, also after a checkpoint of one without it."""
     groups = parameter_groups(student, settings.weight_decay)
-    return torch.optim.AdamW(groups, lr=settings.lr, fused=True if device.type == "cuda" else None)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, fused=True if device.type == "cuda" else None)
+    optimizer.register_load_state_dict_pre_hook(_with_own_kernel)
+    return optimizer
+
+
+def _with_own_kernel(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    groups = [{**group, "fused": optimizer.defaults["fused"]} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

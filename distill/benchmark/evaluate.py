@@ -29,8 +29,8 @@ class EvaluateBenchmark:
     name: str = "repvit_m0_9"  # the student, with random weights; so has the decoder
     image_size: int = 1024  # side of the square input in pixels
     longest_side: int = 2250  # of the photographs, in pixels
-    masks: int = 64  # annotated masks a photograph; each is prompted by a point and by a box
-    images: int = 2  # photographs a round; on a GPU say 16
+    masks: int = 16  # annotated masks a photograph; each is prompted by a point and by a box
+    images: int = 1  # photographs a round; on a GPU say 16 with masks=64
     rounds: int = 3  # of each part, in turn
     device: str = "auto"  # cpu, cuda; auto: cuda where there is one
     out: str = "benchmark.json"  # where the numbers go

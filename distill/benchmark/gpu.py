@@ -4,15 +4,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from distill.benchmark.evaluate import EvaluateBenchmark, benchmark_evaluate
 from distill.benchmark.machine import machine, pick_device
 from distill.benchmark.pipeline import PipelineBenchmark, benchmark_pipeline
 from distill.benchmark.teacher import TeacherBenchmark, benchmark_teacher
 from distill.benchmark.train import TrainBenchmark, benchmark_train
-from students import InputError
+from distill.checks import nearest
+from students import VITS, InputError, first_line, is_known, list_students
 
 CACHED = 64
 """Images in the cache that training reads."""
+TEACHERS = (*VITS, "toy")
 SHARES = ("share_of_matrix_product", "matrix_product_flops_per_s")
 """What a part says of the GPU besides its rows."""
 
@@ -47,7 +51,11 @@ def benchmark_gpu(settings: GpuBenchmark) -> dict[str, Any]:
     others: dict[str, Any] = {}
     for part, measure in parts(settings).items():
         print(f"gpu: {part} ...", flush=True)
-        content = measure()
+        try:
+            content = measure()
+        except torch.OutOfMemoryError as error:
+            rows.append({"name": part, "backend": settings.device, "reason": first_line(error)})
+            continue
         rows += [{**row, "name": f"{part}: {row['name']}"} for row in content.pop("rows")]
         others[part] = {key: value for key, value in content.items() if key != "machine"}
     content = {"settings": vars(settings), "machine": machine(device), "parts": others, "rows": rows}
@@ -59,8 +67,14 @@ def parts(settings: GpuBenchmark) -> dict[str, Callable[[], dict[str, Any]]]:
     """The benchmarks, each with what suits a GPU.
 
     Raises:
-        InputError: numbers that do not go together.
+        InputError: names that are not known, or numbers that do not go together.
     """
+    if settings.teacher not in TEACHERS:
+        raise InputError(f"teacher={settings.teacher} is not known{nearest(settings.teacher, TEACHERS)}")
+    if not is_known(settings.student):
+        raise InputError(f"student={settings.student} is not known{nearest(settings.student, list_students())}")
+    if (settings.image_size != 1024 and settings.teacher != "toy") or settings.image_size % 64:
+        raise InputError(f"image_size={settings.image_size}: SAM's ViTs take 1024 px, teacher=toy a multiple of 64")
     if settings.images < settings.teacher_batch or settings.batch_size > CACHED:
         raise InputError(f"images are at least teacher_batch, and batch_size is at most {CACHED}")
     side, rounds, device = settings.image_size, settings.rounds, settings.device

@@ -61,7 +61,9 @@ from students import InputError, first_line, load_student
 
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, float("inf"))}
 """Area in pixels of the original image; COCO's ranges (pycocotools.cocoeval.Params)."""
-MOST_THREADS = 8
+MOST_THREADS = 4
+"""That make prompts. Each holds the masks of an image at its own size, and as much again while it stacks them: of 64 in
+a photograph of SA-1B's size 432 MB."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,7 @@ def compare_rows(
             return row, error
 
     threads = prompt_threads(teacher.device)
-    with closing(map_ahead(prompted, rows, threads, ahead=threads)) as ready:
+    with closing(map_ahead(prompted, rows, threads, ahead=threads + 1)) as ready:
         for row, prompts in ready:
             if isinstance(prompts, InputError):
                 yield Compared(row.key, trouble=str(prompts))
@@ -178,8 +180,7 @@ def compare_rows(
 
 
 def prompt_threads(device: torch.device) -> int:
-    """Threads that make prompts of the images to come: beside a GPU they would be the slower part. Each holds the masks
-    of an image at its own size, for 64 of a photograph of SA-1B 216 MB."""
+    """Threads that make prompts of the images to come: beside a GPU one would be the slower part."""
     if device.type == "cpu":
         return 1
     return max(1, min(MOST_THREADS, available_cores() // processes_here() - 1))

@@ -10,6 +10,8 @@ FINER = 2
 """Side of square cells in pixels, and how many times finer each look is than the one before; the last is at pixels."""
 AT_ONCE = 1 << 20
 """Distances that are compared at a time."""
+FEW = 1 << 14
+"""Pixels whose depths are found as fast as the deepest of them."""
 
 
 def deepest_pixel(mask: np.ndarray) -> tuple[int, int]:
@@ -19,6 +21,8 @@ def deepest_pixel(mask: np.ndarray) -> tuple[int, int]:
     Depth changes by no more than the way between two pixels. So where the middle of a cell is known to be shallow, no
     pixel of that cell is the deepest, and few cells are left to be looked at more closely.
     """
+    if mask.size < FEW:
+        return _deepest_of_all(mask)
     turned = mask.shape[0] > mask.shape[1]  # distances along the shorter side are fewer to compare
     inside = _framed(mask.T if turned else mask)
     along = _distances_along_columns(inside)
@@ -30,8 +34,10 @@ def deepest_pixel(mask: np.ndarray) -> tuple[int, int]:
     cells = np.argwhere((held > 0) & (rough >= rough.max() - 2 * slack / side)) * side
     deepest = side * rough.max() + slack
     while True:
-        middles = cells + side // 2
-        depths = _depths(along, middles, reach=math.floor(deepest))
+        reach = math.floor(deepest)
+        if len(cells) * (2 * reach + 1) > mask.size:  # stripes or noise, say: nearly all of it is as deep
+            return _deepest_of_all(mask)
+        depths = _depths(along, cells + side // 2, reach)
         if side == 1:
             break
         slack = math.hypot(side // 2, side // 2) + 1e-6
@@ -42,6 +48,12 @@ def deepest_pixel(mask: np.ndarray) -> tuple[int, int]:
     found = cells[depths == depths.max()] - 1
     row, column = min((found[:, ::-1] if turned else found).tolist())
     return row, column
+
+
+def _deepest_of_all(mask: np.ndarray) -> tuple[int, int]:
+    depth = distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    row, column = np.unravel_index(depth.argmax(), depth.shape)
+    return int(row), int(column)
 
 
 def _framed(mask: np.ndarray) -> np.ndarray:
@@ -60,10 +72,9 @@ def _held(inside: np.ndarray, side: int) -> np.ndarray:
 
 def _distances_along_columns(inside: np.ndarray) -> np.ndarray:
     """Pixels from each one to the nearest outside in its column, (H, W); the first and the last row are outside."""
-    number = np.int16 if len(inside) < 2**15 else np.int32
-    rows = np.arange(len(inside), dtype=number)[:, None]
-    above = np.maximum.accumulate(np.where(inside, number(0), rows))
-    below = np.minimum.accumulate(np.where(inside, number(len(inside)), rows)[::-1])[::-1]
+    rows = np.arange(len(inside), dtype=np.int32)[:, None]
+    above = np.maximum.accumulate(np.where(inside, np.int32(0), rows))
+    below = np.minimum.accumulate(np.where(inside, np.int32(len(inside)), rows)[::-1])[::-1]
     return np.minimum(rows - above, below - rows)
 
 
@@ -77,7 +88,5 @@ def _depths(along: np.ndarray, pixels: np.ndarray, reach: int) -> np.ndarray:
         rows, columns = pixels[first : first + some, :, None].transpose(1, 0, 2)
         # Beyond the frame's edges lies nothing nearer than the edge.
         columns_near = (columns + offsets).clip(0, along.shape[1] - 1)
-        squares[first : first + some] = (
-            along[rows, columns_near].astype(np.int32) ** 2 + (columns_near - columns) ** 2
-        ).min(axis=1)
+        squares[first : first + some] = (along[rows, columns_near] ** 2 + (columns_near - columns) ** 2).min(axis=1)
     return np.sqrt(squares)

@@ -3,7 +3,8 @@
     softmax(scale·q·k + q·Rh[row of k] + q·Rw[column of k]) v
 
 segment-anything adds the two position terms to a full matrix of scores: 805 MB a block for ViT-B at 1024 px. Here
-`scaled_dot_product_attention` does without that matrix, in the way that suits the device.
+`scaled_dot_product_attention` does without that matrix, in the way that suits the device, but for windows on a GPU,
+where it is small.
 """
 
 import torch

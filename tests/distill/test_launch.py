@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.launch import settle_precision
+from distill.launch import create_accelerator, settle_precision
 from distill.recipe import load_recipe, saved_recipe
 from distill.run import claim_run_dir
 
@@ -29,6 +29,15 @@ def test_a_run_that_has_begun_keeps_its_own(tmp_path: Path) -> None:
         settled(place, f"train.mixed_precision={precision}")
         (tmp_path / precision / "checkpoints").mkdir()
         assert settled(place) == settled(place, trains=False) == precision
+
+
+def test_a_student_that_nothing_is_known_of_is_no_reason_to_stop(tmp_path: Path) -> None:
+    """Somebody has copied it there, and another stage than train has left a recipe beside it."""
+    place = f"run_dir={tmp_path}"
+    (tmp_path / "student.safetensors").touch()
+    assert settled(place, trains=False) == "auto"
+    recipe = load_recipe(["recipe=quickstart", "data.images=x", "stage=train", place])
+    assert create_accelerator(recipe).mixed_precision == "no"
 
 
 def test_on_a_cpu_there_is_none(tmp_path: Path) -> None:

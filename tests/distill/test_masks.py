@@ -18,11 +18,14 @@ from distill.evaluate.ious import mask_iou
 from distill.evaluate.masks import (
     SIZES,
     Score,
+    compare_rows,
     embed_both,
     evaluate_masks,
     evaluation_rows,
+    load_sams,
     make_prompts,
     predict_masks,
+    score_image,
     summarize,
 )
 from distill.recipe import Recipe, load_recipe
@@ -201,6 +204,31 @@ def test_an_annotation_that_cannot_be_decoded_is_named(recipe: Recipe) -> None:
     broken = json.dumps({"annotations": [{"segmentation": {"size": [9, 9], "counts": "é"}}]})
     with pytest.raises(InputError, match=f"the annotation of {row.key} cannot be decoded"):
         make_prompts(replace(row, annotation=broken), recipe.evaluate)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_prompts_that_are_made_meanwhile_are_those_of_their_images(
+    recipe: Recipe, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, with what cannot be decoded in its place; and nothing that goes wrong is lost."""
+    teacher, student_sam = load_sams(recipe, torch.device("cpu"))
+    rows = list(evaluation_rows(recipe, teacher))
+    broken = json.dumps({"annotations": [{"segmentation": {"size": [9, 9], "counts": "é"}}]})
+    rows[1] = replace(rows[1], annotation=broken)
+    rows += [replace(rows[0], key="again", annotation=None)]
+    monkeypatch.setattr(module, "prompt_threads", lambda device: threads)
+    found = list(compare_rows(rows, recipe.evaluate, teacher, student_sam))
+    assert [compared.key for compared in found] == [row.key for row in rows]
+    assert [compared.trouble is None for compared in found] == [row.annotation != broken for row in rows]
+    for row, compared in zip(rows, found, strict=True):
+        if compared.trouble is None:
+            embeddings = embed_both(row, student_sam)
+            prompts = make_prompts(row, recipe.evaluate)
+            assert compared.scores == list(score_image(row, teacher, *embeddings, prompts))
+
+    monkeypatch.setattr(module, "make_prompts", lambda row, settings: {}[row.key])
+    with pytest.raises(KeyError, match=rows[0].key):
+        list(compare_rows(rows, recipe.evaluate, teacher, student_sam))
 
 
 def test_clicks_correct_student_and_teacher_each_for_itself(

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import shutil
@@ -18,7 +19,7 @@ from distill.recipe import Recipe, load_recipe
 from distill.run import claim_run_dir, read_metrics
 from distill.schema import PhaseRecipe, StudentRecipe, TrainRecipe
 from distill.student import student_config
-from distill.train import prepare, train
+from distill.train import make_optimizer, parameter_groups, prepare, train
 from distill.training.monitor import Monitor, Step
 from embeddings_cache.images.preprocessing import pad_pixels, to_encoder_input
 from embeddings_cache.shards.reader import EmbeddingsCache
@@ -323,3 +324,27 @@ def test_a_run_directory_is_not_reused_for_another_recipe(recipe: Recipe, accele
     claim_run_dir(replace(recipe, evaluate=replace(recipe.evaluate, grid=2)))
     with pytest.raises(InputError, match=r"holds a run of another recipe: train\.epochs: 2, now 9\. Choose another"):
         claim_run_dir(replace(recipe, train=replace(recipe.train, epochs=9)))
+
+
+@pytest.mark.parametrize(("theirs", "device", "ours"), [(None, "cuda", True), (True, "cpu", None)])
+def test_a_checkpoint_goes_on_with_the_kernel_of_the_machine(
+    theirs: bool | None, device: str, ours: bool | None
+) -> None:
+    """Of one from before a GPU took one kernel for all weights, or from a GPU: the next step is what it would have been."""
+
+    def step(student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        student(torch.ones(2, 5)).square().sum().backward()
+        optimizer.step()
+
+    torch.manual_seed(0)
+    first = nn.Linear(5, 3)
+    begun = torch.optim.AdamW(parameter_groups(first, 0.05), lr=0.01, fused=theirs)
+    step(first, begun)
+    second = copy.deepcopy(first)
+    goes_on = make_optimizer(second, TrainRecipe(lr=0.01), torch.device(device))
+    goes_on.load_state_dict(begun.state_dict())
+    assert {group["fused"] for group in goes_on.param_groups} == {ours}
+    step(first, begun)
+    step(second, goes_on)
+    torch.testing.assert_close(second.state_dict(), first.state_dict())

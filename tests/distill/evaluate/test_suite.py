@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on_and_two_processes_come_to_the_same(
     command = [sys.executable, str(ROOT / "distill.py"), *arguments, f"run_dir={killed}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     lines = killed / "evaluation" / task
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(path.stat().st_size for path in lines.glob("run-*.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

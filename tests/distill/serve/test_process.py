@@ -119,7 +119,7 @@ def test_work_that_does_not_end_is_left_when_time_is_up(words: list[str]) -> Non
             process.send_signal(signal.SIGTERM)
             status, answer = asked.result()
             assert (status, answer["error"]["code"]) == (503, "stopping")
-        assert process.wait(60) == 0
+        assert process.wait(30) == 0
 
 
 def test_the_token_is_in_no_file_and_no_line(words: list[str], tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class Run:
 
     def at_step(self, step: int) -> None:
         """Wait until so many steps are logged."""
-        metrics, until = self.run_dir / "metrics.jsonl", time.monotonic() + 120
+        metrics, until = self.run_dir / "metrics.jsonl", time.monotonic() + 300
         while time.monotonic() < until:
             assert self.process.poll() is None, self.process.communicate()
             lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []

@@ -40,8 +40,8 @@ def stripes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 def test_it_is_the_first_of_the_deepest(kind) -> None:
     rng = np.random.default_rng(0)
     compared = 0
-    while compared < 120:
-        mask = kind(rng, *rng.integers(1, 150, 2))
+    while compared < 60:
+        mask = kind(rng, *rng.integers(1, 400, 2))  # also of fewer pixels than it is worth for
         if mask.any():
             assert deepest_pixel(mask) == deepest_of_all(mask), mask.shape
             compared += 1
