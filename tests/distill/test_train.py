@@ -330,7 +330,7 @@ def test_a_run_directory_is_not_reused_for_another_recipe(recipe: Recipe, accele
 def test_a_checkpoint_goes_on_with_the_kernel_of_the_machine(
     theirs: bool | None, device: str, ours: bool | None
 ) -> None:
-    """Of one from before a GPU took one kernel for all weights, or from a GPU: its next step is the one it would take."""
+    """Of one from before a GPU took one kernel for all weights, or from a GPU: the next step stays what it was."""
 
     def step(student: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
