@@ -1,5 +1,7 @@
 """`python -m students.table`: what students are, in parameters and multiply-accumulates, for docs/students.md."""
 
+from collections.abc import Iterable
+
 import torch
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
@@ -21,14 +23,14 @@ EXPORTED = {
 """Those that are tested through all exports (tests/distill/export), made narrow; RepViT-SAM's as it is besides."""
 
 
-def students_table() -> str:
-    """Markdown: a line for each student and way to the embedding, for SAM's own encoders, and for the decoder."""
+def students_table(configs: Iterable[StudentConfig], vits: Iterable[str] = VITS) -> str:
+    """Markdown: a line for each of some students, for SAM's own encoders, and for the decoder."""
     lines = [
         "| encoder | neck | pixels | parameters | fused | GMACs fused | embedding | published as | exports tested |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     with torch.device("meta"), torch.no_grad():
-        for config in [*other_sizes(), *pyramids()]:
+        for config in configs:
             student = build_encoder(config)
             fused = student.fused().requires_grad_(False)
             published = architecture_name(config)
@@ -36,7 +38,7 @@ def students_table() -> str:
             tested = config.name in EXPORTED or published == "repvit_sam"
             known = f"{published if published in PUBLISHED else ''} | {'yes' if tested else ''}"
             lines.append(_line(f"{config.name} | {neck} | {config.side}", student, fused, known))
-        for name in VITS:
+        for name in vits:
             encoder = sam_model_registry[name]().image_encoder.requires_grad_(False)
             lines.append(_line(f"{name} | | {SIDE}", encoder, encoder, f"SAM {name[-1].upper()} |"))
     decoder = untrained_sam(nn.Identity()).requires_grad_(False)
@@ -45,6 +47,11 @@ def students_table() -> str:
         f"| prompt encoder, mask decoder | | | {_millions(decoder)} | | {macs:.1f} | for one point | all | yes |"
     )
     return "\n".join(lines)
+
+
+def listed_students() -> list[StudentConfig]:
+    """Every student and way to the embedding."""
+    return [*other_sizes(), *pyramids()]
 
 
 def pyramids() -> list[StudentConfig]:
@@ -72,4 +79,4 @@ def _one_point(sam: Sam) -> None:
 
 
 if __name__ == "__main__":
-    print(students_table())
+    print(students_table(listed_students()))

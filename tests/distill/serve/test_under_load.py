@@ -33,7 +33,7 @@ def test_clicks_of_many_are_right_and_memory_stays(tmp_path: Path) -> None:
     save_student(tmp_path / "small.safetensors", small_student(), {"steps": "80"})
     options = f"run_dir={tmp_path / 'run'} cache.dir={tmp_path / 'cache'} teacher.name=toy image_size={SIZE}"
     settings = ServeBenchmark(
-        checkpoint=str(tmp_path / "small.safetensors"), options=options, seconds=40, pictures=20, overload=80
+        checkpoint=str(tmp_path / "small.safetensors"), options=options, seconds=20, pictures=20, overload=80
     )
     rows = {row["backend"]: row for row in benchmark_serve(settings)["rows"]}
     clicks = rows["16 clients"]
