@@ -41,8 +41,9 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
         InputError: the devices cannot do what the recipe's training asks for.
     """
     trains = recipe.stage in ("all", "train")
+    was_auto = recipe.train.mixed_precision == AUTO
     settle_precision(recipe, trains)
-    # A student that lies there and was trained by nothing that is known has nothing to go on with.
+    # It stays auto where a student lies whose own recipe is not known: then nothing is trained.
     precision = recipe.train.mixed_precision if trains and recipe.train.mixed_precision != AUTO else "no"
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -58,6 +59,8 @@ def create_accelerator(recipe: Recipe) -> Accelerator:
         raise InputError("train.mixed_precision=fp16 needs a GPU; on a CPU take bf16 or no")
     if recipe.train.batch_norm == "sync" and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         raise InputError("train.batch_norm=sync needs GPUs: PyTorch has none for CPUs; take local or frozen")
+    if was_auto and precision != "no":
+        accelerator.print(f"train.mixed_precision=auto: {precision}")
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", precision)
     if launched not in ("no", precision) and trains:
         accelerator.print(f"train.mixed_precision={precision} is the recipe's; the launcher's {launched} is not used")

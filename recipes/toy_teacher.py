@@ -41,7 +41,7 @@ from safetensors.torch import save
 from segment_anything.modeling import Sam
 from torch import nn
 
-from distill.evaluate.masks import make_prompts, score_image
+from distill.evaluate.compare import make_prompts, score_image
 from distill.schema import EvaluateRecipe
 from distill.train import parameter_groups
 from embeddings_cache.embed import Prepared, embedded_rows, prepare

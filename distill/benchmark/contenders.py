@@ -27,6 +27,7 @@ from students import (
     config_by_name,
     count_macs,
     inspect_checkpoint,
+    is_known,
     is_our_student,
     known_architectures,
     list_students,
@@ -120,6 +121,12 @@ def _check_name(name: str, image_size: int) -> None:
         raise InputError(f"image_size={image_size} is not a multiple of 64")
     with torch.device("meta"):
         build_encoder(config)  # which may refuse it
+
+
+def refuse_unknown_student(name: str, key: str = "name") -> None:
+    """Raise `InputError`, naming the key that asked for it, unless there is such a student."""
+    if not is_known(name):
+        raise InputError(f"{key}={name} is not known{nearest(name, list_students())}")
 
 
 def build(contender: Contender) -> tuple[nn.Module, Sam | None]:

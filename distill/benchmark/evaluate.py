@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from segment_anything.modeling import Sam
 
+from distill.benchmark.contenders import refuse_unknown_student
 from distill.benchmark.machine import machine, pick_device
 from distill.benchmark.timing import NO_RATIO, interleave, timed
-from distill.checks import nearest
-from distill.evaluate.masks import compare_rows, embed_both, make_prompts, score_image
+from distill.evaluate.compare import compare_rows, embed_both, make_prompts, score_image
 from distill.schema import EvaluateRecipe
 from embeddings_cache.images import encode_rle, resized_shape
 from embeddings_cache.shards import CacheRow, encode_pixels
-from students import InputError, build_student_sam, create_student, is_known, list_students, untrained_sam
+from students import InputError, build_student_sam, create_student, untrained_sam
 
 PHOTOGRAPH = (2, 3)
 """Height to width, as most of SA-1B's."""
@@ -42,8 +42,7 @@ def benchmark_evaluate(settings: EvaluateBenchmark) -> dict[str, Any]:
     Raises:
         InputError: a setting that makes no sense.
     """
-    if not is_known(settings.name):
-        raise InputError(f"name={settings.name} is not known{nearest(settings.name, list_students())}")
+    refuse_unknown_student(settings.name)
     if settings.image_size % 64:
         raise InputError("image_size is a multiple of 64")
     device = pick_device(settings.device)

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
+from distill.benchmark.contenders import refuse_unknown_student
 from distill.benchmark.evaluate import EvaluateBenchmark, benchmark_evaluate
 from distill.benchmark.machine import machine, pick_device
 from distill.benchmark.pipeline import PipelineBenchmark, benchmark_pipeline
-from distill.benchmark.teacher import TeacherBenchmark, benchmark_teacher
+from distill.benchmark.teacher import DRAWN, TeacherBenchmark, benchmark_teacher
 from distill.benchmark.train import TrainBenchmark, benchmark_train
 from distill.checks import nearest
-from students import VITS, InputError, first_line, is_known, list_students
+from students import InputError, first_line
 
 CACHED = 64
 """Images in the cache that training reads."""
-TEACHERS = (*VITS, "toy")
 SHARES = ("share_of_matrix_product", "matrix_product_flops_per_s")
 """What a part says of the GPU besides its rows."""
 
@@ -69,10 +69,9 @@ def parts(settings: GpuBenchmark) -> dict[str, Callable[[], dict[str, Any]]]:
     Raises:
         InputError: names that are not known, or numbers that do not go together.
     """
-    if settings.teacher not in TEACHERS:
-        raise InputError(f"teacher={settings.teacher} is not known{nearest(settings.teacher, TEACHERS)}")
-    if not is_known(settings.student):
-        raise InputError(f"student={settings.student} is not known{nearest(settings.student, list_students())}")
+    if settings.teacher not in DRAWN:
+        raise InputError(f"teacher={settings.teacher} is not known{nearest(settings.teacher, DRAWN)}")
+    refuse_unknown_student(settings.student, "student")
     if (settings.image_size != 1024 and settings.teacher != "toy") or settings.image_size % 64:
         raise InputError(f"image_size={settings.image_size}: SAM's ViTs take 1024 px, teacher=toy a multiple of 64")
     if settings.images < settings.teacher_batch or settings.batch_size > CACHED:

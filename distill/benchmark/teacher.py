@@ -22,6 +22,8 @@ from embeddings_cache.teacher import TEACHER_DTYPES, TeacherEncoder, fuse_attent
 from students import VITS, InputError, architecture_of, load_checkpoint
 
 BASELINE = "segment-anything, float32"
+DRAWN = (*VITS, "toy")
+"""Teachers that are measured without weights of their own."""
 
 
 @dataclass
@@ -50,7 +52,7 @@ def benchmark_teacher(settings: TeacherBenchmark) -> dict[str, Any]:
         settings.name = architecture_of(Path(settings.checkpoint))
         settings.image_size = load_sam(settings).image_encoder.img_size
     for key, values, known in (
-        ("name", [settings.name], (*VITS, "toy") if settings.checkpoint is None else known_teachers()),
+        ("name", [settings.name], DRAWN if settings.checkpoint is None else known_teachers()),
         ("dtypes", dtypes, TEACHER_DTYPES),
     ):
         if unknown := [value for value in values if value not in known]:

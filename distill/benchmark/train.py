@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.benchmark.cache import CacheBenchmark, make_cache
+from distill.benchmark.contenders import refuse_unknown_student
 from distill.benchmark.machine import cost_alone, gpu_peak, machine, matrix_product_rate, pick_device
 from distill.benchmark.timing import interleave, timed
 from distill.checks import nearest
@@ -27,7 +28,7 @@ from distill.training.plan import Plan
 from distill.training.rows import Group
 from embeddings_cache.shards import EmbeddingsCache
 from embeddings_cache.system import bar
-from students import InputError, build_encoder, is_known, list_students
+from students import InputError, build_encoder
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PAPER_IMAGES, PAPER_EPOCHS = 112_000, 8
@@ -77,8 +78,7 @@ def benchmark_train(settings: TrainBenchmark) -> dict[str, Any]:
     precisions = settings.precisions.split(",")
     if unknown := [value for value in precisions if value not in PRECISIONS]:
         raise InputError(f"precisions={unknown[0]} is not known{nearest(unknown[0], PRECISIONS)}")
-    if not is_known(settings.name):
-        raise InputError(f"name={settings.name} is not known{nearest(settings.name, list_students())}")
+    refuse_unknown_student(settings.name)
     if settings.image_size % 64 or settings.rows < settings.batch_size:
         raise InputError("image_size is a multiple of 64, and rows are at least batch_size")
     build_encoder(student_config(made_up_recipe(settings)))  # before a cache is made: it may refuse the overrides

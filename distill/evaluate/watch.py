@@ -9,7 +9,8 @@ from accelerate.utils import gather_object
 from segment_anything.modeling import Sam
 from torch import nn
 
-from distill.evaluate.masks import Prompts, Score, embed_both, make_prompts, refuse_other_teacher, score_image
+from distill.evaluate.compare import Prompts, Score, embed_both, make_prompts, score_image
+from distill.evaluate.masks import refuse_other_teacher
 from distill.recipe import Recipe
 from distill.training.plan import wants_masks
 from embeddings_cache.shards import CacheRow, EmbeddingsCache

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.evaluate.masks import make_prompts
+from distill.evaluate.compare import make_prompts
 from distill.export.proof import PROMPTS
 from distill.export.substitutes import for_runtimes
 from distill.recipe import Recipe

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from segment_anything import SamPredictor
 
-from distill.evaluate.masks import make_prompts
+from distill.evaluate.compare import make_prompts
 from distill.export.decoder import BOTTOM_RIGHT, PAD, TOP_LEFT
 from distill.export.proof import PROMPTS, ParityError, spread
 from embeddings_cache.shards import CacheRow

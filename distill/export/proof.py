@@ -14,8 +14,8 @@ import torch
 from segment_anything.modeling import Sam
 from torch import nn
 
+from distill.evaluate.compare import make_prompts, predict_masks
 from distill.evaluate.ious import mask_iou
-from distill.evaluate.masks import make_prompts, predict_masks
 from distill.schema import EvaluateRecipe
 from embeddings_cache.images import pad_pixels, resize_longest_side, to_encoder_input
 from embeddings_cache.shards import CacheRow

@@ -6,13 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from distill.evaluate.masks import (
-    embed_both,
-    evaluation_rows,
-    load_sams,
-    make_prompts,
-    predict_masks,
-)
+from distill.evaluate.compare import embed_both, make_prompts, predict_masks
+from distill.evaluate.masks import evaluation_rows, load_sams
 from distill.pictures import draw_prompts, overlay
 from distill.recipe import Recipe
 from students import InputError

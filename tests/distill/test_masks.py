@@ -13,21 +13,11 @@ from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import Params
 from segment_anything import SamPredictor
 
+from distill.evaluate import compare
 from distill.evaluate import masks as module
+from distill.evaluate.compare import Score, compare_rows, embed_both, make_prompts, predict_masks, score_image
 from distill.evaluate.ious import mask_iou
-from distill.evaluate.masks import (
-    SIZES,
-    Score,
-    compare_rows,
-    embed_both,
-    evaluate_masks,
-    evaluation_rows,
-    load_sams,
-    make_prompts,
-    predict_masks,
-    score_image,
-    summarize,
-)
+from distill.evaluate.masks import SIZES, evaluate_masks, evaluation_rows, load_sams, summarize
 from distill.recipe import Recipe, load_recipe
 from distill.report import report
 from embeddings_cache.images.rle import encode_rle
@@ -105,7 +95,7 @@ def test_the_teacher_as_its_own_student_agrees_with_itself(recipe: Recipe) -> No
     for row in list(evaluation_rows(recipe, teacher))[:2]:
         student, cached = embed_both(row, sam)
         assert (student - cached).abs().max() < 2e-3  # float16 in the cache
-        scores = list(module.score_image(row, teacher, student, student, make_prompts(row, recipe.evaluate)))
+        scores = list(score_image(row, teacher, student, student, make_prompts(row, recipe.evaluate)))
         assert {score.student_teacher for score in scores} == {1.0}
         assert all(score.student_truth == score.teacher_truth for score in scores)
 
@@ -216,7 +206,7 @@ def test_prompts_that_are_made_meanwhile_are_those_of_their_images(
     broken = json.dumps({"annotations": [{"segmentation": {"size": [9, 9], "counts": "é"}}]})
     rows[1] = replace(rows[1], annotation=broken)
     rows += [replace(rows[0], key="again", annotation=None)]
-    monkeypatch.setattr(module, "prompt_threads", lambda device: threads)
+    monkeypatch.setattr(compare, "prompt_threads", lambda device: threads)
     found = list(compare_rows(rows, recipe.evaluate, teacher, student_sam))
     assert [compared.key for compared in found] == [row.key for row in rows]
     assert [compared.trouble is None for compared in found] == [row.annotation != broken for row in rows]
@@ -226,7 +216,7 @@ def test_prompts_that_are_made_meanwhile_are_those_of_their_images(
             prompts = make_prompts(row, recipe.evaluate)
             assert compared.scores == list(score_image(row, teacher, *embeddings, prompts))
 
-    monkeypatch.setattr(module, "make_prompts", lambda row, settings: {}[row.key])
+    monkeypatch.setattr(compare, "make_prompts", lambda row, settings: {}[row.key])
     with pytest.raises(KeyError, match=rows[0].key):
         list(compare_rows(rows, recipe.evaluate, teacher, student_sam))
 

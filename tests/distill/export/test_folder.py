@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from distill.export import folder, makers, proof, subject
+from distill.export.coreml.program import MilProgram
 from distill.export.encoder import pad_with_mean_colour
 from distill.export.files import digest
 from distill.export.folder import export
@@ -149,6 +150,8 @@ def test_every_format_of_a_publishers_checkpoint(tmp_path: Path, cli: Cli) -> No
     assert len(marks) == 1
     assert len(list(directory.rglob("*.onnx"))) == 10
     assert 'forResource: "RepViTM10FuseDecoder"' in (directory / "swift" / "README.md").read_text()
+    points = MilProgram(directory / "RepViTM10FuseDecoder.mlpackage").inputs["point_coords"]
+    assert points.shapes == [[range(1, 2), range(18, 19), range(2, 3)]]
 
 
 def test_what_cvat_cannot_take_is_refused_at_once(
