@@ -191,7 +191,7 @@ def test_repvit_m2_3_learns_from_a_vit_b_at_1024_px(tmp_path: Path, scene_tar: P
     torch.save(sam_model_registry["vit_b"]().state_dict(), tmp_path / "vit_b.pth")
     few = tmp_path / "few.tar"
     with tarfile.open(scene_tar) as source, tarfile.open(few, "w") as target:
-        for member in source.getmembers()[:6]:
+        for member in source.getmembers()[:4]:
             target.addfile(member, source.extractfile(member))
     result = cli(
         "recipe=repvit_m2_3",
@@ -207,7 +207,7 @@ def test_repvit_m2_3_learns_from_a_vit_b_at_1024_px(tmp_path: Path, scene_tar: P
     )
     assert result.returncode == 0, result.stderr
     with h5py.File(shard_paths(tmp_path / "cache")[0]) as file:
-        assert file["embeddings"].shape == (3, 256, 64, 64)
+        assert file["embeddings"].shape == (2, 256, 64, 64)
     manifest = json.loads((tmp_path / "run" / "export" / "manifest.json").read_text())
     assert manifest["files"]["encoder.onnx"]["outputs"]["image_embeddings"]["shape"] == [1, 256, 64, 64]
     parameters = sum(p.numel() for p in load_student(tmp_path / "run" / "student.safetensors").parameters())

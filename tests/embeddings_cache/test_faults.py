@@ -113,7 +113,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tars: Path) -> dict[st
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "name", "workers"),
-    [(signal.SIGTERM, "SIGTERM", 0), (signal.SIGTERM, "SIGTERM", 2), (signal.SIGINT, "SIGINT", 2)],
+    [(signal.SIGTERM, "SIGTERM", 0), (signal.SIGINT, "SIGINT", 2)],
 )
 def test_preemption_keeps_every_finished_row(
     number: int, name: str, workers: int, tmp_path: Path, start: Start, undisturbed: dict[str, bytes]
@@ -152,7 +152,7 @@ def test_preemption_of_several_processes(tmp_path: Path, start: Start, undisturb
 def test_killed_at_any_moment_the_same_command_goes_on(
     tmp_path: Path, start: Start, undisturbed: dict[str, bytes]
 ) -> None:
-    """kill -9 at 16 random moments, of one process or of two that share the work, with and without workers: of all at
+    """kill -9 at ten random moments, of one process or of two that share the work, with and without workers: of all at
     once (a machine dies), or of any one of them."""
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     chance = random.Random(0)
@@ -166,9 +166,9 @@ def test_killed_at_any_moment_the_same_command_goes_on(
 
     kills, finished = 0, []
     directory = tmp_path / "0"
-    while kills < 16:
+    while kills < 10:
         kept = {shard: shard.stat().st_mtime_ns for shard in shard_paths(directory / "cache")}
-        launcher = chance.choice(((), two))
+        launcher = chance.choice(((), (), two))
         process = start(directory, *launcher, workers=chance.choice((0, 1)))
         if chance.random() < 0.5:
             time.sleep(chance.uniform(0, takes[launcher]))

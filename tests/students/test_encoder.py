@@ -15,7 +15,8 @@ from students import DOWNSAMPLES, InputError, StudentEncoder, create_student, li
 from students.depthwise import ChannelScale
 from support import ROOT
 
-QUICK = (("repvit_m0_9", "stride1"), ("repvit_m1", "fuse"), ("tiny_vit_5m", "stride1"), ("tiny_vit_5m", "fuse"))
+SMALLEST = ("repvit_m0_9", "tiny_vit_5m")
+QUICK = tuple((name, downsample) for name in SMALLEST for downsample in DOWNSAMPLES)
 WITH_SAMS_NECK = [name for name in list_students() if name.startswith(("repvit", "tiny_vit"))]
 TINY_REPVIT = {"widths": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
 
@@ -66,9 +67,8 @@ def test_half_precision_and_channels_last(name: str, downsample: str, dtype: tor
 @pytest.mark.parametrize(
     ("name", "downsample"),
     [
-        pytest.param(name, downsample, marks=() if (name, downsample) in QUICK else pytest.mark.slow)
-        for name in WITH_SAMS_NECK
-        for downsample in DOWNSAMPLES
+        *QUICK,
+        *(pytest.param(name, "stride1", marks=pytest.mark.slow) for name in WITH_SAMS_NECK if name not in SMALLEST),
     ],
 )
 @torch.no_grad()

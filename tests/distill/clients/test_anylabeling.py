@@ -44,7 +44,7 @@ SAMEXPORTER = ("--no-deps", "samexporter==0.5.0", "onnxruntime", "opencv-python-
 CANVAS = (684, 1024)
 """Height and width."""
 
-PICTURES = {"landscape": (1, 900, 1243), "portrait": (2, 1400, 900), "large": (3, 2200, 3000)}
+PICTURES = {"portrait": (2, 1400, 900), "large": (3, 2200, 3000)}
 """Seed, height, width."""
 
 LABELLING = """
