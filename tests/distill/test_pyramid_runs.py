@@ -1,4 +1,4 @@
-"""Students at half the pixels through every stage, and what their receiver makes of the folder."""
+"""A student at half the pixels through every stage, and what its receiver makes of the folder."""
 
 import json
 import subprocess
@@ -17,20 +17,15 @@ from students import build_student_sam, load_student
 from support import TINY, Cli, places
 
 HALF = ("student.neck=pyramid", "student.neck_depth=1", "student.input_size=64", "train.epochs=12")
-STUDENTS = {
-    "repvit_m0_9": "{widths: [8, 16, 24, 32], depths: [1, 1, 1, 1]}",
-    "efficientvit_l1": "{widths: [8, 16, 32, 64, 64], depths: [1, 1, 1, 1, 1]}",
-}
+STUDENT = ("student.name=efficientvit_l1", "student.overrides={widths: [8, 16, 32, 64, 64], depths: [1, 1, 1, 1, 1]}")
 
 
-@pytest.fixture(scope="module", params=STUDENTS)
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, scene_tar: Path, cli: Cli) -> Path:
-    """Of one student, `stage=all`; its encoders take 64 px, and all that they are asked is of 128."""
-    name = request.param
-    directory = tmp_path_factory.mktemp(name)
-    settings = (f"student.name={name}", f"student.overrides={STUDENTS[name]}", *HALF)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, scene_tar: Path, cli: Cli) -> Path:
+    """`stage=all`; its encoders take 64 px, and all that they are asked is of 128."""
+    directory = tmp_path_factory.mktemp("half")
     exports = ("export.input=native", "export.formats=[onnx, onnx_fp16, onnx_decoder, coreml]")
-    result = cli(*TINY, *places(directory, scene_tar), *settings, *exports)
+    result = cli(*TINY, *places(directory, scene_tar), *STUDENT, *HALF, *exports)
     assert result.returncode == 0, result.stderr
     return directory / "run"
 
