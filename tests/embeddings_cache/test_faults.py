@@ -152,7 +152,7 @@ def test_preemption_of_several_processes(tmp_path: Path, start: Start, undisturb
 def test_killed_at_any_moment_the_same_command_goes_on(
     tmp_path: Path, start: Start, undisturbed: dict[str, bytes]
 ) -> None:
-    """kill -9 at ten random moments, of one process or of two that share the work, with and without workers: of all at
+    """kill -9 at 8 random moments, of one process or of two that share the work, with and without workers: of all at
     once (a machine dies), or of any one of them."""
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     chance = random.Random(0)
@@ -166,7 +166,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(
 
     kills, finished = 0, []
     directory = tmp_path / "0"
-    while kills < 10:
+    while kills < 8:
         kept = {shard: shard.stat().st_mtime_ns for shard in shard_paths(directory / "cache")}
         launcher = chance.choice(((), (), two))
         process = start(directory, *launcher, workers=chance.choice((0, 1)))

@@ -53,7 +53,7 @@ STOCK = "pth-facebookresearch-sam-vit-h"
 """The one function that the plugin of CVAT's pages knows."""
 
 PACKAGES = ("nuclio-sdk", "cvat-cli>=2.73", "cvat-sdk[masks]>=2.73", "onnxruntime", "numpy", "pillow")
-RUNTIMES = {"web-1.14": "onnxruntime-web@1.14.0", "web": "onnxruntime-web@1.30.0", "node": "onnxruntime-node@1.30.0"}
+RUNTIMES = {"web-1.14": "onnxruntime-web@1.14.0", "web": "onnxruntime-web@1.30.0"}
 SIZES = {"landscape": (427, 640), "portrait": (701, 467), "square": (512, 512)}
 """Height and width."""
 
@@ -601,7 +601,7 @@ def bounds_of(mask: np.ndarray) -> list[int]:
 @needs_node
 @pytest.mark.parametrize(
     ("run", "runtime"),
-    [(run_in_node, "node"), (run_in_node, "web-1.14"), (run_in_chromium, "web")],
+    [(run_in_node, "web-1.14"), (run_in_chromium, "web")],
 )
 def test_cvats_plugin_makes_the_predictors_masks(
     folder: Path,
